@@ -1,0 +1,278 @@
+"""One connection of a client: requests out, answers in, shared by any number of threads.
+
+There is no reader thread. A thread that waits for its answer reads the socket itself, and hands on what
+belongs to others; when it has its own, the next one reads. So a client with one thread pays for no hand-off,
+and one that waits long blocks nobody.
+"""
+
+import contextlib
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from kvstore import protocol
+from kvstore.errors import DeadlineExceeded, KVStoreError, ProtocolError, Unavailable
+from kvstore.protocol import HEADER, frame
+
+_BUFFER_BYTES: Final = 64 << 10
+_FRAME_BYTES_MAX: Final = protocol.BODY_BYTES_MAX + HEADER.size
+
+
+class Reply:
+    """The answer to one request, with what came along: a descriptor, or the bytes of blocks."""
+
+    __slots__ = ("answer", "fd", "payload")
+
+    def __init__(self) -> None:
+        self.answer: protocol.Answer | None = None
+        self.fd: int | None = None
+        self.payload: memoryview | None = None
+
+
+class Channel:
+    """Owns the socket. Once `broken` names a reason, every call raises Unavailable with it."""
+
+    def __init__(self, sock: socket.socket, timeout_s: float) -> None:
+        self._sock = sock
+        self._tls = sock if isinstance(sock, ssl.SSLSocket) else None
+        # Bounds a send to a daemon that has stopped reading, and the rest of a frame that has begun.
+        sock.settimeout(timeout_s)
+        self._io_lock = threading.Lock()  # TLS only: a session may not be read and written at once
+        self._send_lock = threading.Lock()
+        self._turn = threading.Condition(threading.Lock())
+        self._reading = False
+        self._replies: dict[int, Reply] = {}
+        self._next_id = 0
+        self._fds_wanted = 0
+        self._fds: list[int] = []
+        self._buffer = bytearray(_BUFFER_BYTES)
+        self._view = memoryview(self._buffer)
+        self._start = self._end = 0
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
+        self.broken: str | None = None
+        self.refusal: KVStoreError | None = None  # why the daemon ended the connection, if it said so
+
+    def call(
+        self,
+        request: protocol.Request,
+        timeout_s: float,
+        payload: Sequence[memoryview] = (),
+        *,
+        with_fd: bool = False,
+    ) -> Reply:
+        """Send a request and wait for its answer.
+
+        When the time is over the request may still be carried out; a lease that comes of it is given up.
+
+        Raises:
+            KVStoreError: what the daemon answered, as the child that it is.
+            DeadlineExceeded: no answer within `timeout_s`.
+            Unavailable: the connection is broken.
+        """
+        deadline = time.monotonic() + timeout_s
+        reply = Reply()
+        self._fds_wanted += with_fd
+        try:
+            request_id = self._send(request, payload, reply)
+            while reply.answer is None:
+                self._read_or_wait(request_id, reply, deadline)
+        finally:
+            self._fds_wanted -= with_fd
+        if isinstance(reply.answer, protocol.Failure):
+            raise protocol.error_of(reply.answer)
+        return reply
+
+    def notify(self, request: protocol.Request) -> None:
+        """Send a request that wants no answer."""
+        self._send(request, (), None)
+
+    def close(self, reason: str = "the client is closed") -> None:
+        """End the connection; everyone who waits gets Unavailable."""
+        with self._turn:
+            if self.broken is None:
+                self.broken = reason
+                if not self._reading:
+                    self._sock.close()
+                else:  # wakes the reader, which closes
+                    self._shutdown()
+            self._turn.notify_all()
+
+    def abandon_in_child(self) -> None:
+        """In a forked child: let go of the descriptor without a word to the daemon."""
+        self.broken = "this client belongs to the parent process"
+        socket.close(self._sock.detach())
+
+    # Sending.
+
+    def _send(self, request: protocol.Request, payload: Sequence[memoryview], reply: Reply | None) -> int:
+        payload_bytes = sum(map(len, payload))
+        with self._send_lock:
+            request_id = 0
+            if reply is not None:
+                self._next_id = self._next_id % 0xFFFF_FFFF + 1
+                request_id = self._next_id
+                self._replies[request_id] = reply
+            try:
+                self._send_all(frame(request_id, request, payload_bytes))
+                for view in payload:
+                    self._send_all(view)
+            except (OSError, ValueError) as exc:
+                self._replies.pop(request_id, None)
+                self.close(f"sending failed: {exc or type(exc).__name__}")
+                raise Unavailable(self._reason()) from exc
+        return request_id
+
+    def _send_all(self, data: bytes | memoryview) -> None:
+        if self.broken is not None:
+            raise Unavailable(self._reason())
+        if self._tls is None:
+            self._sock.sendall(data)
+        else:
+            with self._io_lock:
+                self._sock.sendall(data)
+
+    # Receiving.
+
+    def _read_or_wait(self, request_id: int, reply: Reply, deadline: float) -> None:
+        """Read until the reply is there if it is our turn; else wait for it, or for our turn."""
+        with self._turn:
+            while reply.answer is None and self._reading and self.broken is None:
+                if not self._turn.wait(max(0.0, deadline - time.monotonic())):
+                    self._give_up(request_id)
+            if reply.answer is not None:
+                return
+            if self.broken is not None:
+                raise Unavailable(self._reason())
+            self._reading = True
+        try:
+            while reply.answer is None:
+                if not self._read_frame(deadline):
+                    self._give_up(request_id)
+        except (OSError, ValueError, KVStoreError) as exc:
+            if isinstance(exc, DeadlineExceeded):
+                raise
+            self._break(f"the connection failed: {exc or type(exc).__name__}")
+            raise Unavailable(self._reason()) from exc
+        finally:
+            with self._turn:
+                self._reading = False
+                if self.broken is not None:
+                    self._sock.close()
+                self._turn.notify_all()
+
+    def _read_frame(self, deadline: float) -> bool:
+        """Take one frame and give it to whom it belongs; False when the time is over before it is here."""
+        while True:
+            have = self._end - self._start
+            if have >= HEADER.size:
+                body_bytes, request_id, payload_bytes = HEADER.unpack_from(self._buffer, self._start)
+                size = HEADER.size + body_bytes
+                if size > _FRAME_BYTES_MAX:
+                    raise ProtocolError(
+                        f"frame of {size} bytes from the daemon; the limit is {_FRAME_BYTES_MAX}"
+                    )
+                if have >= size:
+                    body = self._view[self._start + HEADER.size : self._start + size]
+                    answer = protocol.decode_answer(body)
+                    self._start += size
+                    payload = self._read_payload(payload_bytes) if payload_bytes else None
+                    if self._start == self._end:
+                        self._start = self._end = 0
+                    self._deliver(request_id, answer, payload)
+                    return True
+                self._make_space(size)
+            if not self._receive(deadline):
+                return False
+
+    def _receive(self, deadline: float) -> bool:
+        if self._tls is None or not self._tls.pending():
+            remaining_ms = (deadline - time.monotonic()) * 1000
+            if not self._readable.poll(max(0.0, remaining_ms)):
+                return False
+        if self.broken is not None:
+            raise Unavailable(self._reason())
+        if self._end == len(self._buffer):
+            self._make_space(2 * len(self._buffer))
+        nbytes = self._receive_into(self._view[self._end :])
+        self._end += nbytes
+        return True
+
+    def _receive_into(self, view: memoryview) -> int:
+        if self._fds_wanted:
+            data, fds, _, _ = socket.recv_fds(self._sock, len(view), 1)
+            view[: len(data)] = data
+            self._fds.extend(fds)
+            nbytes = len(data)
+        elif self._tls is not None:
+            with self._io_lock:
+                nbytes = self._sock.recv_into(view)
+        else:
+            nbytes = self._sock.recv_into(view)
+        if nbytes == 0:
+            raise ConnectionResetError("the daemon closed the connection")
+        return nbytes
+
+    def _read_payload(self, payload_bytes: int) -> memoryview:
+        """The bytes behind a body, in fresh memory."""
+        payload = np.empty(payload_bytes, np.uint8).data
+        have = min(self._end - self._start, payload_bytes)
+        payload[:have] = self._view[self._start : self._start + have]
+        self._start += have
+        while have < payload_bytes:
+            have += self._receive_into(payload[have:])
+        return payload
+
+    def _deliver(self, request_id: int, answer: protocol.Answer, payload: memoryview | None) -> None:
+        fd = self._fds.pop() if self._fds else None
+        reply = self._replies.pop(request_id, None)
+        if reply is not None:
+            reply.payload = payload
+            reply.fd = fd
+            reply.answer = answer
+            if len(self._replies):
+                with self._turn:
+                    self._turn.notify_all()
+        elif request_id == 0 and isinstance(answer, protocol.Failure):
+            self.refusal = protocol.error_of(answer)
+            raise self.refusal
+        else:
+            self._undo(answer)
+
+    def _undo(self, answer: protocol.Answer) -> None:
+        """Give up the lease that came for somebody who no longer waits."""
+        if isinstance(answer, protocol.Acquired) and answer.lease:
+            self.notify(protocol.Release([answer.lease]))
+        elif isinstance(answer, protocol.Granted) and answer.lease:
+            self.notify(protocol.Abort(answer.lease))
+
+    def _give_up(self, request_id: int) -> None:
+        if self._replies.pop(request_id, None) is not None:
+            raise DeadlineExceeded("no answer from the daemon in time; it is busy, stopped or gone")
+
+    def _make_space(self, size: int) -> None:
+        if self._start + size <= len(self._buffer):
+            return
+        unread = self._view[self._start : self._end]
+        buffer = bytearray(max(size, _BUFFER_BYTES))
+        buffer[: len(unread)] = unread
+        self._buffer, self._view = buffer, memoryview(buffer)
+        self._start, self._end = 0, len(unread)
+
+    def _break(self, reason: str) -> None:
+        with self._turn:
+            if self.broken is None:
+                self.broken = reason
+
+    def _shutdown(self) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def _reason(self) -> str:
+        return f"the daemon is away: {self.broken}"

@@ -1,0 +1,150 @@
+"""The command line: one function a command. It parses, calls and prints; it decides nothing."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from kvstore.block import Namespace
+from kvstore.client import StoreClient
+from kvstore.config import default_socket, load
+from kvstore.errors import KVStoreError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+Address = Annotated[str, typer.Option("--address", "-a", help="unix:/path or tcp://host:port of the daemon")]
+Model = Annotated[str, typer.Option(help="the namespace's model")]
+Salt = Annotated[str, typer.Option(help="the namespace's salt")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Key = Annotated[str, typer.Argument(help="the block's key: text, or hex after 0x")]
+HERE = f"unix:{default_socket()}"
+
+
+@app.command()
+def serve(
+    dram: Annotated[str | None, typer.Option(help="capacity of the arena, as 4GiB")] = None,
+    socket: Annotated[Path | None, typer.Option(help="unix socket for this node's clients")] = None,
+    http: Annotated[str | None, typer.Option(help="HOST:PORT of health and metrics, port 0 for any")] = None,
+    data: Annotated[str | None, typer.Option(help="HOST:PORT of TCP for clients off the node")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file; flags go before it")] = None,
+) -> None:
+    """Run a node's daemon until SIGTERM. KVSTORE_TOKEN holds the token, where one is wanted."""
+    from kvstore.serve import serve as run
+
+    flags: dict[str, Any] = {"socket": socket and str(socket), "http": http, "data": data}
+    overrides = {key: value for key, value in flags.items() if value is not None}
+    if dram is not None:
+        overrides["dram"] = {"capacity": dram}
+    with _errors():
+        run(load(config, overrides))
+
+
+@app.command()
+def stats(address: Address = HERE, as_json: AsJson = False) -> None:
+    """Show what a daemon has and has done."""
+    with _client(address) as store:
+        statistics = asdict(store.statistics())
+    if as_json:
+        print(json.dumps(statistics))
+        return
+    console = Console()
+    tiers, counters = statistics.pop("tiers"), statistics.pop("counters")
+    for title, values in (
+        ("node", statistics),
+        *((f"tier {t['name']}", t) for t in tiers),
+        ("since start", counters),
+    ):
+        table = Table(title=title, show_header=False, title_justify="left")
+        for name, value in values.items():
+            table.add_row(name, f"{value:,}" if isinstance(value, int) and name != "epoch" else str(value))
+        console.print(table)
+
+
+@app.command()
+def put(
+    key: Key,
+    file: Annotated[Path, typer.Argument(help="the bytes; - for standard input")],
+    model: Model,
+    salt: Salt = "",
+    address: Address = HERE,
+) -> None:
+    """Store a file as one block."""
+    data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+    with _client(address) as store:
+        store.put(Namespace(model=model, salt=salt), _key(key), data)
+    print(f"{len(data)} bytes")
+
+
+@app.command()
+def get(
+    key: Key,
+    model: Model,
+    salt: Salt = "",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="file; else standard output")] = None,
+    address: Address = HERE,
+) -> None:
+    """Fetch one block. Exits with 1 when it is not there."""
+    with _client(address) as store:
+        data = store.get(Namespace(model=model, salt=salt), _key(key))
+    if data is None:
+        sys.exit(f"kvstore: no block {key} of {model}")
+    if output is not None:
+        output.write_bytes(data)
+    else:
+        sys.stdout.buffer.write(data)
+
+
+@app.command()
+def lookup(
+    keys: Annotated[list[str], typer.Argument(help="a prefix: keys, head first")],
+    model: Model,
+    salt: Salt = "",
+    address: Address = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Say how many leading keys are there, per medium."""
+    with _client(address) as store:
+        hits = asdict(store.hit_length(Namespace(model=model, salt=salt), [_key(key) for key in keys]))
+    print(json.dumps(hits) if as_json else "  ".join(f"{medium} {count}" for medium, count in hits.items()))
+
+
+@app.command()
+def check(address: Address = HERE) -> None:
+    """Let a daemon recount all it has. Exits with 1 when something is wrong."""
+    with _client(address) as store:
+        wrong = store.check()
+    for line in wrong:
+        print(line)
+    if wrong:
+        sys.exit(1)
+    print("all is well")
+
+
+def _key(text: str) -> bytes:
+    if not text.startswith("0x"):
+        return text.encode()
+    try:
+        return bytes.fromhex(text[2:])
+    except ValueError:
+        sys.exit(f"kvstore: key {text!r} is no hex after 0x")
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except (KVStoreError, OSError) as error:
+        sys.exit(f"kvstore: {error}")
+
+
+@contextmanager
+def _client(address: str) -> Iterator[StoreClient]:
+    with _errors(), StoreClient.connect(address) as store:
+        yield store

@@ -1,0 +1,329 @@
+"""The directory: which blocks a node has, in which tiers, in which state, pinned how often.
+
+Pure: it does no I/O, moves no bytes, reads no clock and knows no client. Every method is synchronous and
+leaves the directory whole. The life of a block in one tier:
+
+    absent -> reserved -> sealed -> absent               what clients write
+    absent -> loading  -> sealed                         what is promoted from below
+    sealed -> demoting -> absent                         what makes room, its bytes copied below first
+    sealed -> doomed   -> absent                         what is removed while pinned
+
+A slot belongs to its block until the block is absent; only then does a method hand it back, and only then
+may it be reused. Readers see `sealed` and `demoting`, nothing else.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import takewhile
+from typing import Any
+from weakref import WeakValueDictionary
+
+from kvstore.block import HitLength, Medium, Namespace
+from kvstore.errors import InvalidRequest
+from kvstore.node.policy import Policy
+
+
+class State(StrEnum):
+    """Where a block is in its life in one tier; absent is no block at all."""
+
+    RESERVED = "reserved"
+    LOADING = "loading"
+    SEALED = "sealed"
+    DEMOTING = "demoting"
+    DOOMED = "doomed"
+    ABSENT = "absent"
+
+
+class Shelf:
+    """One namespace's blocks in one tier: `sealed` is what readers may see, `pending` what they may not.
+
+    Shelves live as long as somebody uses them: a connection, or a block on them.
+    """
+
+    __slots__ = ("__weakref__", "namespace", "pending", "sealed", "tier")
+
+    def __init__(self, tier: "TierDirectory", namespace: Namespace) -> None:
+        self.tier = tier
+        self.namespace = namespace
+        self.sealed: dict[bytes, Block] = {}
+        self.pending: dict[bytes, Block] = {}
+
+
+class Block:
+    """One block in one tier. `slot` is the tier's own (an arena span, a place in a file).
+
+    `generation` is new at every change of state that somebody else will finish, so that a late
+    completion can be told from a current one. `parent` and `children` link resident blocks of a prefix.
+    """
+
+    __slots__ = ("children", "generation", "key", "length", "parent", "pins", "shelf", "slot", "state")
+
+    def __init__(self, shelf: Shelf, key: bytes, length: int, slot: Any, state: State) -> None:
+        self.shelf = shelf
+        self.key = key
+        self.length = length
+        self.slot = slot
+        self.state = state
+        self.generation = 0
+        self.pins = 0
+        self.parent: Block | None = None
+        self.children = 0
+
+    @property
+    def identity(self) -> tuple[bytes, bytes]:
+        """Namespace id and key: equal for two blocks of the same content."""
+        return self.shelf.namespace.id, self.key
+
+    def __repr__(self) -> str:
+        return f"<{self.state} {self.shelf.namespace} {self.key.hex()[:16]} pins={self.pins}>"
+
+
+def evictable(block: Block) -> bool:
+    """Whether a policy may choose the block: readable, unpinned, and no resident block continues it."""
+    return block.pins == 0 and block.children == 0 and block.state is State.SEALED
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryStatistics:
+    """Counts and bytes of one tier, by the length of blocks (slots may be a little longer)."""
+
+    blocks: int
+    block_bytes: int
+    pending_blocks: int
+    pinned_blocks: int
+    pinned_bytes: int
+    doomed_blocks: int
+
+
+class TierDirectory:
+    """The blocks of one tier, and the policy that orders them."""
+
+    def __init__(self, name: str, medium: Medium, policy: Policy) -> None:
+        self.name = name
+        self.medium = medium
+        self.policy = policy
+        self._shelves: WeakValueDictionary[bytes, Shelf] = WeakValueDictionary()
+        self._generation = 0
+        self._sealed = self._sealed_bytes = 0
+        self._pending = 0
+        self._pinned = self._pinned_bytes = 0
+        self._doomed: set[Block] = set()
+
+    def shelf(self, namespace: Namespace) -> Shelf:
+        """The namespace's shelf, made if need be.
+
+        Raises:
+            InvalidRequest: another namespace with the same id is here (compared in full).
+        """
+        self.compare(namespace.id, namespace)
+        shelf = self._shelves.get(namespace.id)
+        if shelf is None:
+            shelf = self._shelves[namespace.id] = Shelf(self, namespace)
+        return shelf
+
+    def compare(self, namespace_id: bytes, namespace: Namespace) -> None:
+        """Raise InvalidRequest if another namespace than this one has that id here; all fields count."""
+        shelf = self._shelves.get(namespace_id)
+        if shelf is not None and shelf.namespace != namespace:
+            raise InvalidRequest(
+                f"namespace id {namespace_id.hex()} stands for {shelf.namespace!r} here, and not for "
+                f"{namespace!r}; a salt makes the two differ"
+            )
+
+    def shelves(self) -> list[Shelf]:
+        """All shelves in use."""
+        return list(self._shelves.values())
+
+    # What writers and loads do: absent -> reserved | loading -> sealed | absent.
+
+    def add(
+        self, shelf: Shelf, key: bytes, length: int, slot: Any, state: State, parent: Block | None
+    ) -> Block:
+        """Enter an absent block as reserved or loading. `parent` is the resident block it continues."""
+        block = Block(shelf, key, length, slot, state)
+        block.generation = self._next_generation()
+        shelf.pending[key] = block
+        self._pending += 1
+        if parent is not None and parent.state is not State.ABSENT:
+            block.parent = parent
+            parent.children += 1
+        return block
+
+    def seal(self, blocks: Iterable[Block]) -> None:
+        """Make reserved or loading blocks readable."""
+        for block in blocks:
+            del block.shelf.pending[block.key]
+            block.shelf.sealed[block.key] = block
+            block.state = State.SEALED
+            block.generation = self._next_generation()
+            self._pending -= 1
+            self._sealed += 1
+            self._sealed_bytes += block.length
+
+    def finish(self, block: Block, generation: int) -> bool:
+        """Seal a loading block, unless it is no longer what it was when the load began."""
+        if block.state is not State.LOADING or block.generation != generation:
+            return False
+        self.seal([block])
+        return True
+
+    def abort(self, block: Block) -> Any:
+        """Drop a reserved or loading block and hand back its slot, which nobody may be writing."""
+        del block.shelf.pending[block.key]
+        self._pending -= 1
+        return self._absent(block)
+
+    # What readers do.
+
+    def pin(self, blocks: Sequence[Block]) -> None:
+        """Keep these readable blocks where they are until unpinned; this also ends their demotion."""
+        for block in blocks:
+            if block.pins == 0:
+                self._pinned += 1
+                self._pinned_bytes += block.length
+                if block.state is State.DEMOTING:
+                    self.resume(block)
+            block.pins += 1
+
+    def unpin(self, blocks: Sequence[Block]) -> list[Any]:
+        """Undo one `pin` of each block. The slots of blocks that were doomed are handed back."""
+        slots = []
+        for block in blocks:
+            block.pins -= 1
+            if block.pins == 0:
+                self._pinned -= 1
+                self._pinned_bytes -= block.length
+                if block.state is State.DOOMED:
+                    self._doomed.remove(block)
+                    slots.append(self._absent(block))
+        self.policy.freed(blocks)
+        return slots
+
+    # What makes room: sealed -> absent at once, or through demoting.
+
+    def evict(self, block: Block) -> Any:
+        """Drop a readable block that is not pinned, and hand back its slot."""
+        self._hide(block)
+        self.policy.left(block, evicted=True)
+        return self._absent(block)
+
+    def demote(self, block: Block) -> int:
+        """Begin to move an evictable block down; the generation is for `finish_demotion`."""
+        block.state = State.DEMOTING
+        block.generation = self._next_generation()
+        return block.generation
+
+    def resume(self, block: Block) -> None:
+        """End a demotion without effect here: the copy below stays, and so does this one."""
+        block.state = State.SEALED
+        block.generation = self._next_generation()
+        self.policy.freed([block])
+
+    def finish_demotion(self, block: Block, generation: int) -> tuple[bool, Any]:
+        """Drop a block whose bytes are below now: (True, slot), or (False, None) if it moved on since."""
+        if block.state is not State.DEMOTING or block.generation != generation:
+            return False, None
+        if block.children:  # a writer has continued the prefix meanwhile
+            self.resume(block)
+            return False, None
+        return True, self.evict(block)
+
+    def remove(self, block: Block) -> tuple[bool, Any]:
+        """Hide a readable block for good: (True, slot), or (False, None) while pins keep its slot."""
+        self._hide(block)
+        self.policy.left(block, evicted=False)
+        if block.pins:
+            block.state = State.DOOMED
+            self._doomed.add(block)
+            self._unlink(block)
+            return False, None
+        return True, self._absent(block)
+
+    def statistics(self) -> DirectoryStatistics:
+        """What the tier holds now."""
+        return DirectoryStatistics(
+            self._sealed,
+            self._sealed_bytes,
+            self._pending,
+            self._pinned,
+            self._pinned_bytes,
+            len(self._doomed),
+        )
+
+    def check(self) -> list[str]:
+        """Recount everything; each line says what is wrong, and no line that all is well."""
+        sealed = [b for s in self._shelves.values() for b in s.sealed.values()]
+        pending = [b for s in self._shelves.values() for b in s.pending.values()]
+        resident = {*sealed, *pending}
+        children: dict[Block, int] = {}
+        for block in resident:
+            if block.parent is not None:
+                children[block.parent] = children.get(block.parent, 0) + 1
+        pinned = [b for b in (*sealed, *self._doomed) if b.pins]
+        wrong = [
+            (self._sealed != len(sealed), f"{self._sealed} sealed counted, {len(sealed)} found"),
+            (self._sealed_bytes != sum(b.length for b in sealed), "bytes of sealed blocks do not add up"),
+            (self._pending != len(pending), f"{self._pending} pending counted, {len(pending)} found"),
+            (self._pinned != len(pinned), f"{self._pinned} pinned counted, {len(pinned)} found"),
+            (self._pinned_bytes != sum(b.length for b in pinned), "bytes of pinned blocks do not add up"),
+            (len(self.policy) != len(sealed), f"{len(self.policy)} in the policy, {len(sealed)} sealed"),
+            *((b.pins < 0, f"{b} has negative pins") for b in resident),
+            *((b.state not in (State.SEALED, State.DEMOTING), f"{b} is readable") for b in sealed),
+            *((b.state not in (State.RESERVED, State.LOADING), f"{b} is pending") for b in pending),
+            *((b.pins == 0, f"{b} is doomed and unpinned") for b in self._doomed),
+            *((b.children != children.get(b, 0), f"{b} has {b.children} children counted") for b in resident),
+        ]
+        return [f"{self.name}: {text}" for bad, text in wrong if bad]
+
+    def _hide(self, block: Block) -> None:
+        del block.shelf.sealed[block.key]
+        self._sealed -= 1
+        self._sealed_bytes -= block.length
+
+    def _absent(self, block: Block) -> Any:
+        block.state = State.ABSENT
+        self._unlink(block)
+        slot, block.slot = block.slot, None
+        return slot
+
+    def _unlink(self, block: Block) -> None:
+        parent, block.parent = block.parent, None
+        if parent is not None:
+            parent.children -= 1
+            if parent.children == 0:
+                self.policy.freed([parent])
+
+    def _next_generation(self) -> int:
+        self._generation += 1
+        return self._generation
+
+
+class Directory:
+    """The tiers of a node, fastest first, and what they hold together."""
+
+    def __init__(self, tiers: Sequence[TierDirectory]) -> None:
+        self.tiers = tuple(tiers)
+
+    def hit_length(self, shelves: Sequence[Shelf], keys: Sequence[bytes]) -> HitLength:
+        """How many leading keys are here, cumulative per medium; `shelves` one per tier, fastest first."""
+        reached = 0
+        by_medium: dict[Medium, int] = {}
+        for depth, tier in enumerate(self.tiers, start=1):
+            # Tiers above hold everything before `reached`: go on from there with one more tier.
+            within = shelves[:depth]
+            if depth == 1:
+                readable = within[0].sealed.__contains__
+                reached = len(list(takewhile(readable, keys)))
+            else:
+                while reached < len(keys) and any(keys[reached] in shelf.sealed for shelf in within):
+                    reached += 1
+            by_medium[tier.medium] = reached
+        gpu = by_medium.get(Medium.GPU, 0)
+        dram = max(gpu, by_medium.get(Medium.DRAM, 0))
+        nvme = max(dram, by_medium.get(Medium.NVME, 0))
+        return HitLength(gpu, dram, nvme, max(nvme, by_medium.get(Medium.REMOTE, 0)))
+
+    def check(self) -> list[str]:
+        """All that is wrong in any tier."""
+        return [line for tier in self.tiers for line in tier.check()]

@@ -1,0 +1,68 @@
+"""Leases and who holds them. They say what is held, never free it: that is `Store`'s."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvstore.node.directory import Block, Shelf
+from tiers.base import Slot
+
+
+class ReadLease:
+    """Pins on blocks. `limited` says that the holder's limit, and not absence, ended the hit."""
+
+    __slots__ = ("block_bytes", "blocks", "id", "limited")
+
+    def __init__(self, lease_id: int, blocks: list[Block], block_bytes: int, *, limited: bool) -> None:
+        self.id = lease_id
+        self.blocks = blocks
+        self.block_bytes = block_bytes
+        self.limited = limited
+
+
+class WriteLease:
+    """Reserved blocks, one entry a granted key, None once committed or aborted.
+
+    `present` are the blocks of the same request that were there already. When the holder's connection is
+    lost, the blocks are aborted at once and `orphans` are the slots that its process may still write.
+    """
+
+    __slots__ = ("block_bytes", "id", "open", "orphans", "present", "shelf", "tokens")
+
+    def __init__(self, lease_id: int, shelf: Shelf, tokens: bytes | None) -> None:
+        self.id = lease_id
+        self.shelf = shelf
+        self.tokens = tokens
+        self.open: list[Block | None] = []
+        self.present: list[Block] = []
+        self.block_bytes = 0
+        self.orphans: list[Slot] = []
+
+
+@dataclass(slots=True)
+class Holder:
+    """A client of the store: its limits, and the leases it holds. One per connection.
+
+    `maps` says whether its process can touch slots by itself, so that they outlive its connection.
+    """
+
+    name: str
+    pinned_bytes_max: int
+    reserved_bytes_max: int
+    maps: bool
+    pinned_bytes: int = 0
+    reserved_bytes: int = 0
+    reads: dict[int, ReadLease] = field(default_factory=dict)
+    writes: dict[int, WriteLease] = field(default_factory=dict)
+
+    def lease_ids(self) -> list[int]:
+        """The leases it holds."""
+        return [*self.reads, *self.writes]
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The answer to reserve. `status` has one letter a key: g(ranted), p(resent), b(usy), r(efused)."""
+
+    lease: WriteLease
+    status: bytes
+    slots: Sequence[Slot]

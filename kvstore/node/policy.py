@@ -1,0 +1,101 @@
+"""The order in which unpinned blocks leave a tier. A policy orders blocks and nothing more.
+
+It holds no bytes, takes no locks, does no I/O and knows no tier: what may leave is the directory's to
+say. A third policy is one class with the five methods of `Policy` and one entry in `POLICIES`.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import islice
+from typing import Final, Protocol
+
+
+class Entry(Protocol):
+    """What a policy sees of a block: an identity, and a name that outlives it (for ghost lists)."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for two blocks of the same namespace and key, also after one of them has left."""
+
+
+class Policy(Protocol):
+    """Chooses victims. Called with whole requests, so that it may see prefixes and not only blocks."""
+
+    def requested(self, prefix: Sequence[Entry]) -> None:
+        """One request stored or hit these resident blocks, head first; new ones enter the order."""
+
+    def victims(self, evictable: Callable[[Entry], bool]) -> Iterator[Entry]:
+        """Yield blocks in the order in which they should leave, only those that `evictable` allows.
+
+        The blocks stay in the order until `left`. The caller stops iterating once anything changed.
+        Blocks that are refused may be set aside until `freed` names them, so that a thousand pinned
+        blocks are passed over once and not at every eviction.
+        """
+
+    def freed(self, blocks: Sequence[Entry]) -> None:
+        """These blocks may be evictable again: their last pin or their last child is gone."""
+
+    def left(self, block: Entry, *, evicted: bool) -> None:
+        """The block has left the tier, evicted to make room or removed for another reason."""
+
+    def __len__(self) -> int:
+        """Blocks in the order, set aside or not."""
+
+
+class FIFO:
+    """First in, first out; of one request's blocks the tail leaves before the head."""
+
+    def __init__(self) -> None:
+        # An OrderedDict, since deleting at a dict's front again and again is quadratic.
+        self._order: OrderedDict[Entry, None] = OrderedDict()
+        self._aside: set[Entry] = set()
+
+    def requested(self, prefix: Sequence[Entry]) -> None:
+        order, aside = self._order, self._aside
+        for block in reversed(prefix):
+            if block not in aside:
+                order[block] = None
+
+    def victims(self, evictable: Callable[[Entry], bool]) -> Iterator[Entry]:
+        passed = 0
+        while (block := next(islice(self._order, passed, None), None)) is not None:
+            if evictable(block):
+                yield block
+                passed += 1
+            else:
+                del self._order[block]
+                self._aside.add(block)
+
+    def freed(self, blocks: Sequence[Entry]) -> None:
+        if not self._aside:
+            return
+        for block in blocks:
+            if block in self._aside:
+                # It was older than all that remain when it was set aside, so it belongs in front.
+                self._aside.remove(block)
+                self._order[block] = None
+                self._order.move_to_end(block, last=False)
+
+    def left(self, block: Entry, *, evicted: bool) -> None:
+        self._aside.discard(block)
+        self._order.pop(block, None)
+
+    def __len__(self) -> int:
+        return len(self._order) + len(self._aside)
+
+
+class LRU(FIFO):
+    """Least recently requested first; of one request's blocks the tail leaves before the head."""
+
+    def requested(self, prefix: Sequence[Entry]) -> None:
+        order = self._order
+        if self._aside:
+            self._aside.difference_update(prefix)
+        for block in reversed(prefix):
+            order[block] = None
+            order.move_to_end(block)
+
+
+POLICIES: Final[dict[str, Callable[[], Policy]]] = {"lru": LRU, "fifo": FIFO}

@@ -1,0 +1,278 @@
+"""Slots for blocks: taken from a slot tier and given back, and room made where there is none.
+
+Blocks of many sizes share an arena, so the policy's coldest block rarely lies where a slot of the wanted
+length could be. The planner looks at the coldest blocks and grows a window by address around each, over
+free memory and evictable neighbours, and evicts the window that costs least. Where enough memory is free
+but in pieces, it moves what lies between two pieces instead, a bounded number of bytes a request.
+
+It decides and changes the directory and the tier; it runs on the event loop, so all it does is bounded.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from kvstore.node.directory import Block, State, TierDirectory, evictable
+from tiers.base import Slot, SlotTier
+
+# Moved by one request at most, copied on the event loop: 8 MiB take about 1.2 ms.
+MOVE_BYTES_MAX: Final = 8 << 20
+# Windows compared for one slot; the benchmark `allocator` fills the arena no better with 64.
+_SEEDS: Final = 16
+# When all of these coldest blocks lie between pinned ones, there is no room.
+_SEEDS_MAX: Final = 256
+# A window that costs no more than this many times the wanted length is taken without looking further.
+_GOOD_ENOUGH: Final = 1.25
+# Steps of all windows of one request, about 0.3 us each; after that the first window that fits is taken.
+_STEPS_MAX: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class RoomStatistics:
+    """What making room has cost since start."""
+
+    evicted_blocks: int
+    evicted_bytes: int
+    moved_blocks: int
+    moved_bytes: int
+
+
+class Room:
+    """Gives out the slots of a tier.
+
+    `evicted` collects the blocks that have left since `begin`; the caller announces them before it tells
+    anyone of the slots. `debug` poisons freed slots and uses them again as late as it can, so that whoever
+    reads after release or writes after commit is found.
+    """
+
+    def __init__(self, tier: SlotTier, directory: TierDirectory, *, debug: bool) -> None:
+        self._tier = tier
+        self._directory = directory
+        self._debug = debug
+        self._late: deque[Slot] = deque()  # freed slots that debug holds back
+        self._late_bytes = 0
+        self._populated = False
+        self.evicted: list[Block] = []
+        self._move_bytes_left = self._steps_left = 0
+        self._evicted_blocks = self._evicted_bytes = self._moved_blocks = self._moved_bytes = 0
+
+    def begin(self) -> None:
+        """Start a request: its bounds are whole again, and nothing has been evicted for it."""
+        self.evicted = []
+        self._move_bytes_left = MOVE_BYTES_MAX
+        self._steps_left = _STEPS_MAX
+
+    def take(self, length: int) -> Slot | None:
+        """A slot of `length` bytes, owned by this room until the caller says otherwise; None without room.
+
+        While the tier's memory is still being populated nobody has to leave: a little later there is room.
+        """
+        slot = self._take(length)
+        while slot is None and self._late:
+            self._free_oldest()
+            slot = self._take(length)
+        return slot
+
+    def free(self, slot: Slot) -> None:
+        """Give a slot back."""
+        if not self._debug:
+            self._tier.free(slot)
+            return
+        self._tier.poison(slot)
+        slot.owner = self
+        self._late.append(slot)
+        self._late_bytes += slot.length
+        while self._late_bytes > self._tier.capacity_bytes // 8:
+            self._free_oldest()
+
+    def grow(self, ready_bytes: int) -> None:
+        """The tier's memory is populated up to here."""
+        self._tier.grow(ready_bytes)
+        self._populated = ready_bytes == self._tier.capacity_bytes
+
+    def statistics(self) -> RoomStatistics:
+        """Totals since start."""
+        return RoomStatistics(
+            self._evicted_blocks, self._evicted_bytes, self._moved_blocks, self._moved_bytes
+        )
+
+    def _take(self, length: int) -> Slot | None:
+        slot = self._tier.take(length, self)
+        if slot is not None or not self._populated:
+            return slot
+        wanted = self._tier.slot_length(length)
+        if self._tier.free_bytes >= wanted and (hole := self._compacted(wanted)) is not None:
+            return self._tier.take(length, self, hole)
+        window = self._cheapest_window(wanted)
+        return None if window is None else self._tier.take(length, self, self._emptied(window))
+
+    def _free_oldest(self) -> None:
+        slot = self._late.popleft()
+        self._late_bytes -= slot.length
+        self._tier.free(slot)
+
+    # Evicting.
+
+    def _cheapest_window(self, wanted: int) -> "_Window | None":
+        best: _Window | None = None
+        seeds = self._directory.policy.victims(evictable)  # type: ignore[arg-type]
+        for number, block in enumerate(seeds):
+            if number >= (_SEEDS if best is not None else _SEEDS_MAX):
+                break
+            assert isinstance(block, Block)
+            window = _Window(block.slot)
+            grown = window.grow(wanted, _Window.may_evict)
+            self._steps_left -= len(window.blocks)
+            if not grown:
+                continue
+            window.trim(wanted)
+            if best is None or window.block_bytes < best.block_bytes:
+                best = window
+            alone = len(window.blocks) == 1
+            if alone or best.block_bytes <= wanted * _GOOD_ENOUGH or self._steps_left <= 0:
+                break
+        return best
+
+    def _emptied(self, window: "_Window") -> Slot:
+        """Evict the window's blocks, children before parents; the answer is the free slot left."""
+        for block in window.blocks:
+            self._evicted_blocks += 1
+            self._evicted_bytes += block.length
+            slot = self._directory.evict(block)
+            if self._debug:
+                self._tier.poison(slot)
+            hole = self._tier.free(slot)
+        self.evicted.extend(window.blocks)
+        return hole
+
+    # Moving.
+
+    def _compacted(self, wanted: int) -> Slot | None:
+        """Join free pieces by moving the blocks between them; None when no cheap enough place is there."""
+        for hole in self._tier.largest(_SEEDS):
+            window = _Window(hole)
+            grown = window.grow(wanted, lambda w, b: w.block_bytes + b.slot.length <= self._move_bytes_left)
+            self._steps_left -= len(window.blocks)
+            if grown and (joined := self._moved_away(window)) is not None:
+                return joined
+            if self._steps_left <= 0:
+                return None
+        return None
+
+    def _moved_away(self, window: "_Window") -> Slot | None:
+        tier = self._tier
+        # Take the window's own free pieces, so that nothing moves into them.
+        pieces = [tier.take(s.length, window, s) for s in window.slots() if s.owner is None]
+        targets: list[Slot] = []
+        for block in window.blocks:
+            target = tier.take(block.slot.length, window)
+            if target is None:
+                break
+            targets.append(target)
+        fits = len(targets) == len(window.blocks)
+        if fits:
+            for block, target in zip(window.blocks, targets, strict=True):
+                tier.move(block.slot, target)
+                pieces.append(block.slot)
+                block.slot, target.owner = target, block
+                self._moved_blocks += 1
+                self._moved_bytes += block.length
+                self._move_bytes_left -= target.length
+        else:
+            pieces.extend(targets)
+        joined: Slot | None = None
+        for piece in pieces:
+            assert piece is not None
+            joined = tier.free(piece)
+        return joined if fits else None
+
+
+class _Window:
+    """A run of neighbouring slots, grown from one: `blocks` are those on it, in the order they entered."""
+
+    __slots__ = ("_children_inside", "_first", "_last", "block_bytes", "blocks", "size")
+
+    def __init__(self, seed: Slot) -> None:
+        self._first = self._last = seed
+        self.size = 0
+        self.block_bytes = 0
+        self.blocks: list[Block] = []
+        self._children_inside: dict[Block, int] = {}
+        self._enter(seed)
+
+    def may_evict(self, block: Block) -> bool:
+        """No resident block outside the window may continue a block that leaves with it."""
+        return block.children == self._children_inside.get(block, 0)
+
+    def grow(self, wanted: int, may_enter: Callable[["_Window", Block], bool]) -> bool:
+        """Extend to either side until `wanted` bytes are inside; False when pins or `may_enter` stop it."""
+        while self.size < wanted:
+            sides = [
+                slot
+                for slot in (self._first.before, self._last.after)
+                if slot is not None and self._passable(slot, may_enter)
+            ]
+            if not sides:
+                return False
+            # Free memory first, for it costs nothing; then what costs less.
+            chosen = min(sides, key=lambda slot: 0 if slot.owner is None else slot.length)
+            if chosen is self._first.before:
+                self._first = chosen
+            else:
+                self._last = chosen
+            self._enter(chosen)
+        return True
+
+    def trim(self, wanted: int) -> None:
+        """Let go of blocks at either end that the window does not need."""
+        while self._first is not self._last:
+            end = next((s for s in (self._first, self._last) if self._dispensable(s, wanted)), None)
+            if end is None:
+                return
+            if end is self._first and end.after is not None:
+                self._first = end.after
+            elif end.before is not None:
+                self._last = end.before
+            self.size -= end.length
+            self.block_bytes -= end.length
+            self.blocks.remove(end.owner)
+
+    def slots(self) -> list[Slot]:
+        """All slots by address."""
+        slots, slot = [self._first], self._first
+        while slot is not self._last and slot.after is not None:
+            slot = slot.after
+            slots.append(slot)
+        return slots
+
+    def _enter(self, slot: Slot) -> None:
+        self.size += slot.length
+        block = slot.owner
+        if block is not None:
+            self.blocks.append(block)
+            self.block_bytes += slot.length
+            if block.parent is not None:
+                inside = self._children_inside
+                inside[block.parent] = inside.get(block.parent, 0) + 1
+
+    def _passable(self, slot: Slot, may_enter: Callable[["_Window", Block], bool]) -> bool:
+        block = slot.owner
+        if block is None:
+            return True
+        # A slot's owner that is no block is somebody who must not be disturbed.
+        return (
+            isinstance(block, Block)
+            and block.pins == 0
+            and block.state is State.SEALED
+            and may_enter(self, block)
+        )
+
+    def _dispensable(self, slot: Slot, wanted: int) -> bool:
+        block = slot.owner
+        return (
+            block is not None
+            and self.size - slot.length >= wanted
+            # Its parent would leave without it.
+            and (block.parent is None or block.parent not in self.blocks)
+        )

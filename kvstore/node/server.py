@@ -1,0 +1,214 @@
+"""The daemon's sockets: who is connected, whose leases are whose, and what happens when they go."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import ssl
+import stat
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from kvstore.errors import ConfigError, InvalidRequest, ProtocolError
+from kvstore.node.connection import Connection
+from kvstore.node.lease import Holder
+from kvstore.node.quarantine import Quarantine, peer_pidfd
+from kvstore.node.session import Session
+from kvstore.node.store import Store
+from kvstore.statistics import NodeStatistics
+from tiers.base import SlotTier
+
+logger = logging.getLogger(__name__)
+
+# A frame must be complete, and a sent byte taken, within this time; so must hello.
+FRAME_TIMEOUT_S: Final = 5.0
+_TICK_S: Final = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one client may hold, as fractions of the arena, and how many clients there may be."""
+
+    client_pinned_fraction: float = 0.5
+    client_reserved_fraction: float = 0.5
+    clients: int = 4096
+
+
+class Server:
+    """Sessions over a store; implements `kvstore.node.session.Host`."""
+
+    def __init__(
+        self,
+        store: Store,
+        arenas: Sequence[SlotTier],
+        *,
+        node: str,
+        epoch: int,
+        token: str | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self.store = store
+        self.node = node
+        self.epoch = epoch
+        self.token = token
+        self._arenas = tuple(arenas)
+        self._limits = limits or Limits()
+        self._quarantine = Quarantine(store)
+        self._sessions: dict[Session, tuple[Connection, int | None]] = {}
+        self._servers: list[asyncio.AbstractServer] = []
+        self._started = time.monotonic()
+        self._stall_max_s = 0.0
+        self._refused_frames = 0
+        self._bytes_received = self._bytes_sent = 0
+        self._names = 0
+        self._tick: asyncio.TimerHandle | None = None
+        self._next_sweep = 0.0
+        self._socket_path: Path | None = None
+
+    # Life.
+
+    async def listen_unix(self, path: Path, *, mode: int = 0o660) -> None:
+        """Listen on a unix socket. The file appears only once connections are accepted.
+
+        Raises:
+            ConfigError: another daemon listens there, or the path is taken by something else.
+        """
+        await _clear_stale(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        hidden = path.with_name(f".{path.name}.{os.getpid()}")
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.bind(str(hidden))
+        except OSError as exc:
+            raise ConfigError(f"socket {path}: {exc.strerror or exc}; a path has at most 107 bytes") from exc
+        hidden.chmod(mode)
+        loop = asyncio.get_running_loop()
+        self._servers.append(
+            await loop.create_unix_server(self._connection(maps=True), sock=sock, backlog=512)
+        )
+        hidden.rename(path)
+        self._socket_path = path
+
+    async def listen_tcp(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> int:
+        """Listen for clients off the node, which share no memory. The answer is the port."""
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(self._connection(maps=False), host, port, ssl=tls)
+        self._servers.append(server)
+        return int(server.sockets[0].getsockname()[1])
+
+    def start(self) -> None:
+        """Begin to watch over connections and over the event loop itself."""
+        self._tick = asyncio.get_running_loop().call_later(_TICK_S, self._watch, time.monotonic() + _TICK_S)
+
+    async def close(self) -> None:
+        """Accept no more, end all connections, give up all leases."""
+        if self._socket_path is not None:
+            self._socket_path.unlink(missing_ok=True)
+        if self._tick is not None:
+            self._tick.cancel()
+        for server in self._servers:
+            server.close()
+        for connection, _ in list(self._sessions.values()):
+            connection.abort()
+        while self._sessions:
+            await asyncio.sleep(0)
+        self._quarantine.close()
+
+    # Host of the sessions.
+
+    def open_arena(self, arena: int, *, writable: bool) -> int:
+        if not 0 <= arena < len(self._arenas):
+            raise InvalidRequest(f"arena {arena}; this daemon has {len(self._arenas)}")
+        return self._arenas[arena].open(writable=writable)
+
+    def arena_bytes(self) -> list[int]:
+        return [arena.capacity_bytes for arena in self._arenas]
+
+    def reclaim(self, resume: Sequence[bytes], held: Sequence[int]) -> list[Holder]:
+        back = [self._quarantine.reclaim(session_id, set(held)) for session_id in resume]
+        return [holder for holder in back if holder is not None]
+
+    def leave(self, session: Session) -> None:
+        connection, pidfd = self._sessions.pop(session)
+        self._refused_frames += connection.failed
+        self._bytes_received += connection.bytes_received
+        self._bytes_sent += connection.bytes_sent
+        self._quarantine.admit(session.id, session.holder, pidfd)
+
+    def emptied(self, holder: Holder) -> None:
+        self._quarantine.emptied(holder)
+
+    def statistics(self) -> NodeStatistics:
+        connections = [connection for connection, _ in self._sessions.values()]
+        quarantined = self._quarantine.holders()
+        return NodeStatistics(
+            node=self.node,
+            epoch=self.epoch,
+            uptime_s=time.monotonic() - self._started,
+            connections=len(connections),
+            leases=sum(len(session.holder.lease_ids()) for session in self._sessions),
+            quarantined_leases=sum(len(holder.lease_ids()) for holder in quarantined),
+            refused_frames=self._refused_frames,
+            loop_stall_max_s=self._stall_max_s,
+            bytes_received=self._bytes_received + sum(c.bytes_received for c in connections),
+            bytes_sent=self._bytes_sent + sum(c.bytes_sent for c in connections),
+            tiers=self.store.statistics(),
+            counters=self.store.counters,
+        )
+
+    def check(self) -> list[str]:
+        holders = [session.holder for session in self._sessions]
+        return self.store.check([*holders, *self._quarantine.holders()])
+
+    # Helpers.
+
+    def _connection(self, *, maps: bool) -> Any:
+        def accepted(connection: Connection) -> Session:
+            self._names += 1
+            pid, pidfd = 0, None
+            if maps:
+                with connection.socket as sock:
+                    pid, pidfd = peer_pidfd(sock)
+            capacity = self.store.tier.capacity_bytes
+            holder = Holder(
+                name=f"client {self._names} (pid {pid})" if maps else f"client {self._names} (tcp)",
+                pinned_bytes_max=int(capacity * self._limits.client_pinned_fraction),
+                reserved_bytes_max=int(capacity * self._limits.client_reserved_fraction),
+                maps=maps,
+            )
+            session = Session(self, connection, holder)
+            self._sessions[session] = connection, pidfd
+            if len(self._sessions) > self._limits.clients:
+                connection.fail(
+                    ProtocolError(f"{len(self._sessions)} clients; the limit is {self._limits.clients}")
+                )
+            return session
+
+        return lambda: Connection(accepted)
+
+    def _watch(self, expected: float) -> None:
+        now = time.monotonic()
+        self._stall_max_s = max(self._stall_max_s, now - expected)
+        if now >= self._next_sweep:
+            self._next_sweep = now + FRAME_TIMEOUT_S / 10
+            for session, (connection, _) in list(self._sessions.items()):
+                connection.expire(FRAME_TIMEOUT_S, welcomed=session.welcomed)
+        self._tick = asyncio.get_running_loop().call_later(_TICK_S, self._watch, time.monotonic() + _TICK_S)
+
+
+async def _clear_stale(path: Path) -> None:
+    """Remove a socket that nobody listens on."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise ConfigError(f"socket {path} is taken by a file that is no socket; give another path")
+        try:
+            _, writer = await asyncio.open_unix_connection(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        writer.close()
+        raise ConfigError(f"another daemon listens on {path}; stop it, or give another path")

@@ -1,0 +1,474 @@
+"""The verbs of the store over a directory and its tiers. Whose connection it is, is the server's to know.
+
+Decide synchronously: every verb runs to its end on the event loop before the next begins, so there are no
+locks. A verb that waits (`wait_s > 0`) decides again after each wake-up.
+"""
+
+import asyncio
+import itertools
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Protocol
+
+from kvstore.block import HitLength
+from kvstore.errors import InvalidRequest, LeaseError
+from kvstore.node.directory import Block, Directory, Shelf, State
+from kvstore.node.lease import Grant, Holder, ReadLease, WriteLease
+from kvstore.node.room import Room
+from kvstore.node.waiting import Waiting
+from kvstore.statistics import StoreCounters, TierState
+from tiers.base import Slot, SlotTier
+
+_PRESENT, _BUSY, _GRANTED, _REFUSED = b"pbgr"
+_READABLE = (State.SEALED, State.DEMOTING)
+_ROOM = "room"  # what a reserve waits for
+
+
+class Listener(Protocol):
+    """Where the life of blocks comes out: after seal, and before a slot is used again."""
+
+    def sealed(self, tier: str, blocks: Sequence[Block], tokens: bytes | None) -> None:
+        """These blocks, in the order of their prefix, are readable in the tier from now on."""
+
+    def removed(self, tier: str, blocks: Sequence[Block]) -> None:
+        """These blocks are readable in the tier no longer."""
+
+
+class Store:
+    """One node's blocks in one slot tier. `debug` is for `Room`."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        tier: SlotTier,
+        *,
+        listeners: Sequence[Listener] = (),
+        debug: bool = False,
+    ) -> None:
+        self.directory = directory
+        self.tier = tier
+        self._dram = directory.tiers[0]
+        self._room = Room(tier, self._dram, debug=debug)
+        self._listeners = tuple(listeners)
+        self._lease_ids = itertools.count(1)
+        self._waiting = Waiting()
+        self.counters = StoreCounters()
+
+    # Writers.
+
+    def reserve(
+        self,
+        holder: Holder,
+        shelf: Shelf,
+        keys: Sequence[bytes],
+        lengths: Sequence[int],
+        *,
+        parent: bytes | None = None,
+        tokens: bytes | None = None,
+    ) -> Grant:
+        """Reserve what is missing of a chain of keys, as far as there is room at once.
+
+        What is granted is a leading run of what is missing; everything after the first key that finds no
+        room is refused. The lease is the holder's until every granted key is committed or it is aborted.
+
+        Raises:
+            InvalidRequest: a key occurs twice, or is here with another length. Nothing was reserved.
+        """
+        self._check_lengths(shelf, keys, lengths)
+        lease = WriteLease(next(self._lease_ids), shelf, tokens)
+        status = bytearray(b"r" * len(keys))
+        slots: list[Slot] = []
+        last = None if parent is None else shelf.sealed.get(parent) or shelf.pending.get(parent)
+        self._room.begin()
+        refused = False
+        for index, key in enumerate(keys):
+            block = shelf.sealed.get(key)
+            if block is not None:
+                status[index] = _PRESENT
+                lease.present.append(block)
+                last = block
+                continue
+            if (block := shelf.pending.get(key)) is not None:
+                status[index] = _BUSY
+                last = block
+                continue
+            if refused:
+                continue
+            block = self._reserve_one(holder, shelf, key, lengths[index], last)
+            if block is None:
+                refused = True
+                continue
+            status[index] = _GRANTED
+            lease.open.append(block)
+            lease.block_bytes += block.length
+            slots.append(block.slot)
+            last = block
+        self._announce_evicted()
+        if lease.open:
+            holder.writes[lease.id] = lease
+        self.counters.reserved_blocks += len(lease.open)
+        self.counters.refused_blocks += status.count(_REFUSED)
+        return Grant(lease, bytes(status), slots)
+
+    async def reserve_wait(
+        self,
+        holder: Holder,
+        shelf: Shelf,
+        keys: Sequence[bytes],
+        lengths: Sequence[int],
+        wait_s: float,
+        *,
+        parent: bytes | None = None,
+        tokens: bytes | None = None,
+    ) -> Grant:
+        """Like `reserve`, but wait up to `wait_s` for room. While it waits it holds nothing.
+
+        Cancelling reserves nothing.
+        """
+        deadline = time.monotonic() + wait_s
+        while True:
+            grant = self.reserve(holder, shelf, keys, lengths, parent=parent, tokens=tokens)
+            if _REFUSED not in grant.status:
+                return grant
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or not self._can_ever_fit(holder, lengths):
+                return grant
+            if grant.lease.open:
+                self._end_write(holder, grant.lease, keep_slots=False)
+                del holder.writes[grant.lease.id]
+            await self._waiting.wait(_ROOM, remaining)
+
+    def commit(self, holder: Holder, lease_id: int, indices: Iterable[int] | None = None) -> int:
+        """Seal all blocks of a write lease, or those of some of its granted keys. How many were sealed.
+
+        Raises:
+            LeaseError: the lease is not the holder's or has ended, or a block was committed before.
+        """
+        lease = self._write_lease(holder, lease_id)
+        chosen = self._open(lease, indices)
+        blocks = [block for _, block in chosen]
+        self._dram.seal(blocks)
+        present = [block for block in lease.present if block.state is State.SEALED]
+        lease.present = []
+        self._dram.policy.requested([*present, *blocks])
+        for index, _ in chosen:
+            lease.open[index] = None
+        self._settled(holder, blocks)
+        if not any(lease.open):
+            del holder.writes[lease_id]
+            self._waiting.wake(_ROOM)
+        self.counters.sealed_blocks += len(blocks)
+        for listener in self._listeners:
+            listener.sealed(self._dram.name, blocks, lease.tokens)
+        return len(blocks)
+
+    def writable(self, holder: Holder, lease_id: int, indices: Iterable[int] | None) -> list[memoryview]:
+        """The memory of what `commit` with the same arguments would seal, in its order.
+
+        Raises:
+            LeaseError: as `commit` does.
+        """
+        return [
+            self.tier.view(block.slot)[: block.length]
+            for _, block in self._open(self._write_lease(holder, lease_id), indices)
+        ]
+
+    def abort(self, holder: Holder, lease_id: int) -> None:
+        """Drop what of a write lease is not committed, and end it.
+
+        Raises:
+            LeaseError: the lease is not the holder's, or has ended.
+        """
+        lease = self._write_lease(holder, lease_id)
+        self._end_write(holder, lease, keep_slots=False)
+        del holder.writes[lease_id]
+        self._waiting.wake(_ROOM)
+
+    # Readers.
+
+    def acquire(self, holder: Holder, shelf: Shelf, keys: Sequence[bytes]) -> ReadLease:
+        """Pin the leading keys that are here. The lease is the holder's if it pins anything.
+
+        Raises:
+            InvalidRequest: a key occurs twice.
+        """
+        _check_distinct(keys)
+        lease = ReadLease(next(self._lease_ids), [], 0, limited=False)
+        self._extend(holder, shelf, lease, keys)
+        self._count_hits(lease, keys)
+        return lease
+
+    async def acquire_wait(
+        self, holder: Holder, shelf: Shelf, keys: Sequence[bytes], wait_s: float
+    ) -> ReadLease:
+        """Like `acquire`, but wait up to `wait_s` for keys that are being written now.
+
+        What is ready is pinned at once. Ends early at a key that nobody has announced. Cancelling
+        releases what was pinned.
+        """
+        deadline = time.monotonic() + wait_s
+        _check_distinct(keys)
+        lease = ReadLease(next(self._lease_ids), [], 0, limited=False)
+        self._extend(holder, shelf, lease, keys)
+        try:
+            while len(lease.blocks) < len(keys) and not lease.limited:
+                pending = shelf.pending.get(keys[len(lease.blocks)])
+                remaining = deadline - time.monotonic()
+                if pending is None or remaining <= 0:
+                    break
+                await self._waiting.wait(pending, remaining)
+                self._extend(holder, shelf, lease, keys)
+        except asyncio.CancelledError:
+            if lease.id in holder.reads:
+                self.release(holder, lease.id)
+            raise
+        self._count_hits(lease, keys)
+        return lease
+
+    def acquire_each(self, holder: Holder, items: Sequence[tuple[Shelf, bytes]]) -> tuple[ReadLease, bytes]:
+        """Pin every item that is here; holes are allowed. The lease, and one byte an item: here or not."""
+        lease = ReadLease(next(self._lease_ids), [], 0, limited=False)
+        found = bytearray(len(items))
+        for index, (shelf, key) in enumerate(items):
+            block = shelf.sealed.get(key)
+            if block is None:
+                continue
+            if holder.pinned_bytes + lease.block_bytes + block.length > holder.pinned_bytes_max:
+                lease.limited = True
+                break
+            found[index] = 1
+            lease.blocks.append(block)
+            lease.block_bytes += block.length
+        self._pin(holder, lease, lease.blocks, lease.block_bytes)
+        self.counters.hit_blocks += len(lease.blocks)
+        self.counters.missed_blocks += len(items) - len(lease.blocks)
+        return lease, bytes(found)
+
+    def release(self, holder: Holder, lease_id: int) -> None:
+        """End a read lease.
+
+        Raises:
+            LeaseError: the lease is not the holder's, or has ended.
+        """
+        lease = holder.reads.pop(lease_id, None)
+        if lease is None:
+            raise LeaseError(f"read lease {lease_id} is not held by this connection; it may have ended")
+        holder.pinned_bytes -= lease.block_bytes
+        for slot in self._dram.unpin(lease.blocks):
+            self._room.free(slot)
+        self._waiting.wake(_ROOM)
+
+    # Anyone.
+
+    def hit_length(self, shelves: Sequence[Shelf], keys: Sequence[bytes]) -> HitLength:
+        """How many leading keys are here, per medium. Pins nothing and does not count as a use."""
+        return self.directory.hit_length(shelves, keys)
+
+    def hit_each(self, items: Sequence[tuple[Shelf, bytes]]) -> bytes:
+        """One byte an item: here or not."""
+        return bytes(key in shelf.sealed for shelf, key in items)
+
+    def remove(self, shelf: Shelf, keys: Iterable[bytes]) -> int:
+        """Hide these blocks now; slots of pinned ones are freed at the last release. How many were here."""
+        blocks = [block for key in dict.fromkeys(keys) if (block := shelf.sealed.get(key)) is not None]
+        slots = [slot for block in blocks for gone, slot in [self._dram.remove(block)] if gone]
+        for listener in self._listeners:
+            listener.removed(self._dram.name, blocks)
+        for slot in slots:
+            self._room.free(slot)
+        self.counters.removed_blocks += len(blocks)
+        self._waiting.wake(_ROOM)
+        return len(blocks)
+
+    def page(self, shelf: Shelf, after: int, limit: int) -> tuple[list[tuple[bytes, int]], int | None]:
+        """A page of (key, length) in the order of sealing, and the cursor of the next page if there is one.
+
+        A block that is here all the while is listed at least once.
+        """
+        blocks = (block for block in shelf.sealed.values() if block.generation > after)
+        page = list(itertools.islice(blocks, limit + 1))
+        entries = [(block.key, block.length) for block in page[:limit]]
+        return entries, page[limit - 1].generation if len(page) > limit else None
+
+    # Holders that go, and memory that comes.
+
+    def disconnect(self, holder: Holder) -> bool:
+        """The holder's connection is lost: its writes are aborted at once. Whether it still holds slots.
+
+        A holder that maps the arena may still be writing or reading, so its slots stay taken until `end`
+        or until it gives up its leases one by one.
+        """
+        if not holder.maps:
+            self.end(holder)
+            return False
+        for lease_id, lease in list(holder.writes.items()):
+            self._end_write(holder, lease, keep_slots=True)
+            if not lease.orphans:
+                del holder.writes[lease_id]
+        return bool(holder.reads or holder.writes)
+
+    def end(self, holder: Holder) -> None:
+        """The holder is gone for good: end all its leases and free what they held."""
+        for lease_id in holder.lease_ids():
+            self.end_lease(holder, lease_id)
+
+    def end_lease(self, holder: Holder, lease_id: int) -> None:
+        """Release or abort, whichever the lease wants."""
+        if lease_id in holder.reads:
+            self.release(holder, lease_id)
+        else:
+            self.abort(holder, lease_id)
+
+    def grow(self, ready_bytes: int) -> None:
+        """More of the arena is populated."""
+        self._room.grow(ready_bytes)
+        self._waiting.wake(_ROOM)
+
+    def statistics(self) -> list[TierState]:
+        """The tiers now. Totals are in `counters`."""
+        tier, room = self.tier.statistics(), self._room.statistics()
+        self.counters.evicted_blocks, self.counters.evicted_bytes = room.evicted_blocks, room.evicted_bytes
+        self.counters.moved_blocks, self.counters.moved_bytes = room.moved_blocks, room.moved_bytes
+        return [TierState(**asdict(tier), **asdict(self._dram.statistics()))]
+
+    def check(self, holders: Iterable[Holder] = ()) -> list[str]:
+        """Recount everything; each line says what is wrong. Takes 1 us a block, on the event loop."""
+        wrong = [*self.directory.check(), *self.tier.check()]
+        slots: dict[int, Slot] = {}
+        for shelf in self._dram.shelves():
+            for block in (*shelf.sealed.values(), *shelf.pending.values()):
+                if block.slot.owner is not block or block.slot.length < block.length:
+                    wrong.append(f"{block} and its slot {block.slot} do not belong together")
+                if slots.setdefault(block.slot.offset, block.slot) is not block.slot:
+                    wrong.append(f"{block} shares its slot with another block")
+        for holder in holders:
+            pinned = sum(lease.block_bytes for lease in holder.reads.values())
+            if pinned != holder.pinned_bytes:
+                wrong.append(f"{holder.name}: {holder.pinned_bytes} bytes pinned counted, {pinned} found")
+        return wrong
+
+    # Helpers, in the order of the above.
+
+    def _check_lengths(self, shelf: Shelf, keys: Sequence[bytes], lengths: Sequence[int]) -> None:
+        _check_distinct(keys)
+        capacity = self.tier.capacity_bytes
+        for length in set(lengths):
+            if not 1 <= length <= capacity:
+                raise InvalidRequest(f"nbytes is {length}; give 1 to {capacity} bytes, the arena's capacity")
+        for key, length in zip(keys, lengths, strict=True):
+            block = shelf.sealed.get(key) or shelf.pending.get(key)
+            if block is not None and block.length != length:
+                raise InvalidRequest(
+                    f"nbytes is {length} for key {key.hex()}, which is here with {block.length} bytes; "
+                    "a block never changes: use another key, or remove it first"
+                )
+
+    def _reserve_one(
+        self, holder: Holder, shelf: Shelf, key: bytes, length: int, parent: Block | None
+    ) -> Block | None:
+        if holder.reserved_bytes + length > holder.reserved_bytes_max:
+            self.counters.limited_requests += 1
+            return None
+        # Its parent must not be evicted for it.
+        kept = [parent] if parent is not None and parent.state in _READABLE else []
+        self._dram.pin(kept)
+        slot = self._room.take(length)
+        self._dram.unpin(kept)
+        if slot is None:
+            return None
+        block = self._dram.add(shelf, key, length, slot, State.RESERVED, parent)
+        slot.owner = block
+        holder.reserved_bytes += length
+        return block
+
+    def _can_ever_fit(self, holder: Holder, lengths: Sequence[int]) -> bool:
+        return sum(lengths) <= min(holder.reserved_bytes_max, self.tier.capacity_bytes)
+
+    def _announce_evicted(self) -> None:
+        if self._room.evicted:
+            for listener in self._listeners:
+                listener.removed(self._dram.name, self._room.evicted)
+
+    def _write_lease(self, holder: Holder, lease_id: int) -> WriteLease:
+        lease = holder.writes.get(lease_id)
+        if lease is None:
+            raise LeaseError(f"write lease {lease_id} is not held by this connection; it may have ended")
+        return lease
+
+    def _open(self, lease: WriteLease, indices: Iterable[int] | None) -> list[tuple[int, Block]]:
+        """The blocks of a write lease that are not committed, all or those at `indices`."""
+        if lease.orphans:
+            raise LeaseError(f"write lease {lease.id} ended with its connection; reserve again")
+        if indices is None:
+            return [(index, block) for index, block in enumerate(lease.open) if block is not None]
+        chosen = []
+        for index in sorted(set(indices)):
+            if not 0 <= index < len(lease.open):
+                raise InvalidRequest(
+                    f"commit of index {index} in write lease {lease.id}; it has 0 to {len(lease.open) - 1}"
+                )
+            block = lease.open[index]
+            if block is None:
+                raise LeaseError(f"index {index} of write lease {lease.id} is committed already")
+            chosen.append((index, block))
+        return chosen
+
+    def _end_write(self, holder: Holder, lease: WriteLease, *, keep_slots: bool) -> None:
+        """Abort what is open: the one way in which aborts, lost clients and shutdown end a write."""
+        blocks = [block for block in lease.open if block is not None]
+        lease.open = []
+        for block in reversed(blocks):
+            slot = self._dram.abort(block)
+            slot.owner = lease
+            lease.orphans.append(slot)
+        if not keep_slots:
+            for slot in lease.orphans:
+                self._room.free(slot)
+            lease.orphans = []
+        self.counters.aborted_blocks += len(blocks)
+        self._settled(holder, blocks)
+
+    def _settled(self, holder: Holder, blocks: Sequence[Block]) -> None:
+        """These blocks are reserved no longer: tell those who wait for them."""
+        for block in blocks:
+            holder.reserved_bytes -= block.length
+            self._waiting.wake(block)
+
+    def _extend(self, holder: Holder, shelf: Shelf, lease: ReadLease, keys: Sequence[bytes]) -> None:
+        """Pin as many of the keys after those that the lease has as are here without a hole."""
+        room_bytes = holder.pinned_bytes_max - holder.pinned_bytes
+        readable = shelf.sealed.get
+        blocks: list[Block] = []
+        added_bytes = 0
+        for key in keys[len(lease.blocks) :]:
+            block = readable(key)
+            if block is None:
+                break
+            added_bytes += block.length
+            if added_bytes > room_bytes:
+                added_bytes -= block.length
+                lease.limited = True
+                self.counters.limited_requests += 1
+                break
+            blocks.append(block)
+        lease.blocks += blocks
+        lease.block_bytes += added_bytes
+        self._pin(holder, lease, blocks, added_bytes)
+
+    def _pin(self, holder: Holder, lease: ReadLease, blocks: Sequence[Block], added_bytes: int) -> None:
+        if blocks:
+            self._dram.pin(blocks)
+            self._dram.policy.requested(lease.blocks)
+            holder.pinned_bytes += added_bytes
+            holder.reads[lease.id] = lease
+
+    def _count_hits(self, lease: ReadLease, keys: Sequence[bytes]) -> None:
+        self.counters.hit_blocks += len(lease.blocks)
+        self.counters.missed_blocks += len(keys) - len(lease.blocks)
+
+
+def _check_distinct(keys: Sequence[bytes]) -> None:
+    if len(set(keys)) != len(keys):
+        twice = next(key for index, key in enumerate(keys) if key in keys[:index])
+        raise InvalidRequest(f"key {twice.hex()} occurs twice in {len(keys)} keys; give each key once")

@@ -1,0 +1,175 @@
+"""The composition root: the only place that names concrete tiers and joins them into a daemon."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import ssl
+import threading
+import time
+from pathlib import Path
+
+from kvstore.config import Config, parse_endpoint
+from kvstore.errors import ConfigError, KVStoreError
+from kvstore.metrics import exposition
+from kvstore.node.directory import Directory, TierDirectory
+from kvstore.node.http import HttpServer, health_app
+from kvstore.node.policy import POLICIES
+from kvstore.node.server import Limits, Server
+from kvstore.node.store import Store
+from tiers.dram import DramTier
+
+logger = logging.getLogger(__name__)
+
+
+class Daemon:
+    """One node: its tiers, its store and its sockets. `run` returns when it is told to stop."""
+
+    def __init__(self, config: Config) -> None:
+        assert config.dram is not None
+        self._config = config
+        self._dram = DramTier(config.dram.capacity_bytes)
+        directory = Directory(
+            [TierDirectory(self._dram.name, self._dram.medium, POLICIES[config.dram.policy]())]
+        )
+        debug = os.environ.get("KVSTORE_DEBUG") == "1"
+        self._store = Store(directory, self._dram, debug=debug)
+        self._socket = Path(config.socket)
+        self._server = Server(
+            self._store,
+            [self._dram],
+            node=config.node,
+            epoch=_next_epoch(self._socket.with_suffix(".epoch")),
+            token=config.token,
+            limits=Limits(
+                config.limits.client_pinned_fraction,
+                config.limits.client_reserved_fraction,
+                config.limits.clients,
+            ),
+        )
+        self._listening = False
+        self._failed: BaseException | None = None
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT.
+
+        Raises:
+            ConfigError: an address is taken, or cannot be listened on.
+            TierError: the system ran out of memory for the arena.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        http = HttpServer(health_app(self._not_ready, exposition(self._server.statistics)))
+        http_socket = _listen_http(self._config.http)
+        serving = loop.create_task(http.serve(sockets=[http_socket]))
+        populating = threading.Thread(target=self._populate, args=(loop,), name="populate", daemon=True)
+        populating.start()
+        try:
+            addresses = [f"http={_endpoint(http_socket)}"]
+            if self._config.data:
+                host, port = parse_endpoint(self._config.data, "data")
+                try:
+                    port = await self._server.listen_tcp(host, port, self._tls())
+                except OSError as exc:
+                    raise ConfigError(f"data address {self._config.data}: {exc.strerror or exc}") from exc
+                addresses.append(f"data={host}:{port}")
+            self._server.start()
+            await self._server.listen_unix(self._socket, mode=int(self._config.socket_mode, 8))
+            self._listening = True
+            print("kvstore ready:", f"socket={self._socket}", *addresses, flush=True)
+            logger.info(
+                "node %s: %d bytes of %s pages",
+                self._config.node,
+                self._dram.capacity_bytes,
+                self._dram.pages,
+            )
+            await self._stop.wait()
+        finally:
+            self._listening = False
+            await self._server.close()
+            self._dram.close()
+            http.should_exit = True
+            await serving
+            populating.join()
+        if self._failed is not None:
+            raise self._failed
+
+    def _not_ready(self) -> list[str]:
+        return [] if self._listening else ["not listening"]
+
+    def _populate(self, loop: asyncio.AbstractEventLoop) -> None:
+        def report(ready_bytes: int) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the daemon has stopped
+                loop.call_soon_threadsafe(self._store.grow, ready_bytes)
+
+        try:
+            self._dram.populate(report)
+        except KVStoreError as exc:
+            self._failed = exc
+            loop.call_soon_threadsafe(self._stop.set)
+
+    def _tls(self) -> ssl.SSLContext | None:
+        if not self._config.tls_certificate:
+            return None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            context.load_cert_chain(self._config.tls_certificate, self._config.tls_key)
+        except OSError as exc:
+            raise ConfigError(f"tls_certificate {self._config.tls_certificate}: {exc}") from exc
+        return context
+
+
+def _listen_http(address: str) -> socket.socket:
+    host, port = parse_endpoint(address, "http")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as exc:
+        sock.close()
+        raise ConfigError(f"http address {address}: {exc.strerror or exc}; give another, or port 0") from exc
+    return sock
+
+
+def _endpoint(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _next_epoch(path: Path) -> int:
+    """A number above that of every earlier start, kept in a file so that a clock set back cannot repeat it."""
+    last = 0
+    with contextlib.suppress(OSError, ValueError):
+        last = int(path.read_text())
+    epoch = max(time.time_ns(), last + 1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_suffix(".epoch.new")
+        new.write_text(f"{epoch}\n")
+        new.rename(path)
+    except OSError as exc:
+        raise ConfigError(
+            f"socket directory {path.parent}: {exc.strerror or exc}; give another --socket"
+        ) from exc
+    return epoch
+
+
+def serve(config: Config) -> None:
+    """Run a daemon until it is told to stop."""
+    import uvloop
+
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+
+    async def main() -> None:
+        await Daemon(config).run()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
