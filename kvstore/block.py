@@ -61,6 +61,11 @@ class Namespace:
                 )
         if not self.model:
             raise InvalidRequest("namespace model is empty; give the model's name")
+        object.__setattr__(self, "_hash", hash(tuple(getattr(self, field.name) for field in fields(self))))
+
+    def __hash__(self) -> int:
+        # Kept, since every request of a client looks its namespace up.
+        return self._hash  # type: ignore[attr-defined, no-any-return]
 
     @cached_property
     def id(self) -> bytes:

@@ -9,6 +9,7 @@ import contextlib
 import select
 import socket
 import ssl
+import struct
 import threading
 import time
 from collections.abc import Sequence
@@ -25,11 +26,15 @@ _FRAME_BYTES_MAX: Final = protocol.BODY_BYTES_MAX + HEADER.size
 
 
 class Reply:
-    """The answer to one request, with what came along: a descriptor, or the bytes of blocks."""
+    """The answer to one request, with what came along: a descriptor, or the bytes of blocks.
 
-    __slots__ = ("answer", "fd", "payload")
+    `wake` is there when its thread waits while another one reads: a lock that is released to wake it.
+    """
+
+    __slots__ = ("answer", "fd", "payload", "wake")
 
     def __init__(self) -> None:
+        self.wake: threading.Lock | None = None
         self.answer: protocol.Answer | None = None
         self.fd: int | None = None
         self.payload: memoryview | None = None
@@ -41,15 +46,22 @@ class Channel:
     def __init__(self, sock: socket.socket, timeout_s: float) -> None:
         self._sock = sock
         self._tls = sock if isinstance(sock, ssl.SSLSocket) else None
-        # Bounds a send to a daemon that has stopped reading, and the rest of a frame that has begun.
-        sock.settimeout(timeout_s)
+        # Bounds a send to a daemon that has stopped reading, and the rest of a frame that has begun. The
+        # kernel's own timeouts, for Python's poll before every call: two system calls a request, not five.
+        self._timeout_s = timeout_s
+        if self._tls is None:
+            sock.settimeout(None)
+            limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        else:
+            sock.settimeout(timeout_s)
         self._io_lock = threading.Lock()  # TLS only: a session may not be read and written at once
         self._send_lock = threading.Lock()
-        self._turn = threading.Condition(threading.Lock())
-        self._reading = False
+        self._reader = threading.Lock()  # held by the thread that reads the socket
         self._replies: dict[int, Reply] = {}
         self._next_id = 0
-        self._fds_wanted = 0
+        self._fds_wanted = False
         self._fds: list[int] = []
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view = memoryview(self._buffer)
@@ -67,7 +79,7 @@ class Channel:
         *,
         with_fd: bool = False,
     ) -> Reply:
-        """Send a request and wait for its answer.
+        """Send a request and wait for its answer; `with_fd` is for a channel that one thread has to itself.
 
         When the time is over the request may still be carried out; a lease that comes of it is given up.
 
@@ -78,13 +90,10 @@ class Channel:
         """
         deadline = time.monotonic() + timeout_s
         reply = Reply()
-        self._fds_wanted += with_fd
-        try:
-            request_id = self._send(request, payload, reply)
-            while reply.answer is None:
-                self._read_or_wait(request_id, reply, deadline)
-        finally:
-            self._fds_wanted -= with_fd
+        self._fds_wanted = with_fd
+        request_id = self._send(request, payload, reply)
+        while reply.answer is None:
+            self._read_or_wait(request_id, reply, deadline)
         if isinstance(reply.answer, protocol.Failure):
             raise protocol.error_of(reply.answer)
         return reply
@@ -95,14 +104,23 @@ class Channel:
 
     def close(self, reason: str = "the client is closed") -> None:
         """End the connection; everyone who waits gets Unavailable."""
-        with self._turn:
-            if self.broken is None:
-                self.broken = reason
-                if not self._reading:
-                    self._sock.close()
-                else:  # wakes the reader, which closes
-                    self._shutdown()
-            self._turn.notify_all()
+        if self.broken is None:
+            self.broken = reason
+        if self._reader.acquire(blocking=False):
+            self._sock.close()
+            self._reader.release()
+        else:  # the thread that reads wakes up, and closes
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
+        self._wake_all()
+
+    def lost(self) -> bool:
+        """Whether the connection is broken, also if no call has noticed yet."""
+        if self.broken is None:
+            hangup = select.poll()
+            hangup.register(self._sock, select.POLLRDHUP)
+            return bool(hangup.poll(0))
+        return True
 
     def abandon_in_child(self) -> None:
         """In a forked child: let go of the descriptor without a word to the daemon."""
@@ -112,7 +130,7 @@ class Channel:
     # Sending.
 
     def _send(self, request: protocol.Request, payload: Sequence[memoryview], reply: Reply | None) -> int:
-        payload_bytes = sum(map(len, payload))
+        payload_bytes = sum(map(len, payload)) if payload else 0
         with self._send_lock:
             request_id = 0
             if reply is not None:
@@ -141,31 +159,33 @@ class Channel:
     # Receiving.
 
     def _read_or_wait(self, request_id: int, reply: Reply, deadline: float) -> None:
-        """Read until the reply is there if it is our turn; else wait for it, or for our turn."""
-        with self._turn:
-            while reply.answer is None and self._reading and self.broken is None:
-                if not self._turn.wait(max(0.0, deadline - time.monotonic())):
-                    self._give_up(request_id)
-            if reply.answer is not None:
-                return
+        """Read until the reply is there if nobody else reads; else wait for it, or for the reading to end."""
+        if not self._reader.acquire(blocking=False):
+            if reply.wake is None:
+                reply.wake = threading.Lock()
+                reply.wake.acquire()
+                return  # and try once more: from here on we are seen by the one who ends reading
+            if not reply.wake.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                self._give_up(request_id)
+            return
+        try:
             if self.broken is not None:
                 raise Unavailable(self._reason())
-            self._reading = True
-        try:
             while reply.answer is None:
                 if not self._read_frame(deadline):
                     self._give_up(request_id)
+        except DeadlineExceeded:
+            raise
         except (OSError, ValueError, KVStoreError) as exc:
-            if isinstance(exc, DeadlineExceeded):
-                raise
-            self._break(f"the connection failed: {exc or type(exc).__name__}")
+            if self.broken is None:
+                self.broken = f"the connection failed: {exc or type(exc).__name__}"
             raise Unavailable(self._reason()) from exc
         finally:
-            with self._turn:
-                self._reading = False
-                if self.broken is not None:
-                    self._sock.close()
-                self._turn.notify_all()
+            if self.broken is not None:
+                self._sock.close()
+            self._reader.release()
+            if self._replies:
+                self._wake_all()
 
     def _read_frame(self, deadline: float) -> bool:
         """Take one frame and give it to whom it belongs; False when the time is over before it is here."""
@@ -193,14 +213,19 @@ class Channel:
 
     def _receive(self, deadline: float) -> bool:
         if self._tls is None or not self._tls.pending():
-            remaining_ms = (deadline - time.monotonic()) * 1000
-            if not self._readable.poll(max(0.0, remaining_ms)):
+            remaining_s = deadline - time.monotonic()
+            # Close to the usual timeout the kernel's own will do.
+            patient = self._tls is None and abs(remaining_s - self._timeout_s) < 0.1
+            if not patient and not self._readable.poll(max(0.0, remaining_s * 1000)):
                 return False
         if self.broken is not None:
             raise Unavailable(self._reason())
         if self._end == len(self._buffer):
             self._make_space(2 * len(self._buffer))
-        nbytes = self._receive_into(self._view[self._end :])
+        try:
+            nbytes = self._receive_into(self._view[self._end :])
+        except BlockingIOError:
+            return False
         self._end += nbytes
         return True
 
@@ -236,9 +261,8 @@ class Channel:
             reply.payload = payload
             reply.fd = fd
             reply.answer = answer
-            if len(self._replies):
-                with self._turn:
-                    self._turn.notify_all()
+            if reply.wake is not None:
+                _wake(reply.wake)
         elif request_id == 0 and isinstance(answer, protocol.Failure):
             self.refusal = protocol.error_of(answer)
             raise self.refusal
@@ -265,14 +289,16 @@ class Channel:
         self._buffer, self._view = buffer, memoryview(buffer)
         self._start, self._end = 0, len(unread)
 
-    def _break(self, reason: str) -> None:
-        with self._turn:
-            if self.broken is None:
-                self.broken = reason
-
-    def _shutdown(self) -> None:
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+    def _wake_all(self) -> None:
+        """Let those who wait look again: their answer may never come, or it is their turn to read."""
+        for reply in list(self._replies.values()):
+            if reply.wake is not None:
+                _wake(reply.wake)
 
     def _reason(self) -> str:
         return f"the daemon is away: {self.broken}"
+
+
+def _wake(lock: threading.Lock) -> None:
+    with contextlib.suppress(RuntimeError):  # it is awake already
+        lock.release()

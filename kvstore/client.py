@@ -258,7 +258,6 @@ class StoreClient:
 
     def send_commit(self, lease: WriteLease, indices: Sequence[int] | None) -> None:
         link = lease.link
-        assert isinstance(link, Link)
         payload: Sequence[memoryview] = ()
         if not link.shares_memory:
             views = lease.views

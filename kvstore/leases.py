@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from kvstore.errors import InvalidRequest, LeaseError
+from kvstore.link import Link
 
 
 class Owner(Protocol):
@@ -35,7 +36,7 @@ class Owner(Protocol):
 class Lease:
     """What both kinds have. `id` is 0 when nothing is held: such a lease has ended from the start."""
 
-    def __init__(self, owner: Owner, link: object, lease_id: int) -> None:
+    def __init__(self, owner: Owner, link: Link, lease_id: int) -> None:
         self._owner = owner
         self.link = link
         self.id = lease_id
@@ -45,7 +46,7 @@ class Lease:
     @property
     def valid(self) -> bool:
         """Whether the views may be used: the lease has not ended and its connection stands."""
-        return not self._ended and self._owner.lease_alive(self)
+        return not self._ended and self._owner.lease_alive(self) and not self.link.channel.lost()
 
     def end_quietly(self) -> None:
         """End the lease if it has not ended."""
@@ -97,7 +98,7 @@ class ReadLease(Lease):
     """
 
     def __init__(
-        self, owner: Owner, link: object, lease_id: int, views: Sequence[memoryview], *, limited: bool
+        self, owner: Owner, link: Link, lease_id: int, views: Sequence[memoryview], *, limited: bool
     ) -> None:
         super().__init__(owner, link, lease_id)
         self._views = self._all_views = views
@@ -128,7 +129,7 @@ class EachLease(Lease):
     """Pinned blocks of several namespaces: `views` has an entry for every item, None where it is absent."""
 
     def __init__(
-        self, owner: Owner, link: object, lease_id: int, views: Sequence[memoryview | None], *, limited: bool
+        self, owner: Owner, link: Link, lease_id: int, views: Sequence[memoryview | None], *, limited: bool
     ) -> None:
         super().__init__(owner, link, lease_id)
         self._views = self._all_views = views
@@ -157,7 +158,7 @@ class WriteLease(Lease):
     def __init__(
         self,
         owner: Owner,
-        link: object,
+        link: Link,
         lease_id: int,
         keys: Sequence[bytes],
         status: bytes,

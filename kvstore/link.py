@@ -24,7 +24,8 @@ DEFAULT_PORT = 7401
 class Link:
     """One greeted connection. `shares_memory` says whether blocks are mapped, or copied over TCP."""
 
-    def __init__(self, channel: Channel, welcome: protocol.Welcome, timeout_s: float) -> None:
+    def __init__(self, address: str, channel: Channel, welcome: protocol.Welcome, timeout_s: float) -> None:
+        self._address = address
         self.channel = channel
         self.welcome = welcome
         self.timeout_s = timeout_s
@@ -54,32 +55,8 @@ class Link:
             ProtocolError, Unauthorized: the daemon refuses this client, or does not know the token.
         """
         channel = Channel(_dial(address, timeout_s, tls), timeout_s)
-        nonce = secrets.token_bytes(32)
-        hello = protocol.Hello(
-            protocol.MAJOR, protocol.MINOR, nonce, f"pid {os.getpid()}", list(resume), list(held)
-        )
-        try:
-            answer = channel.call(hello, timeout_s).answer
-            if isinstance(answer, protocol.Challenge):
-                if token is None:
-                    raise Unauthorized(f"the daemon at {address} wants a token; give token=")
-                wanted = protocol.token_proof(token, "daemon", nonce, answer.nonce)
-                if not hmac.compare_digest(wanted, answer.proof):
-                    raise Unauthorized(f"the daemon at {address} does not know this token")
-                proof = protocol.token_proof(token, "client", nonce, answer.nonce)
-                answer = channel.call(protocol.Proof(proof), timeout_s).answer
-        except Unavailable:
-            channel.close()
-            if channel.refusal is not None:
-                raise channel.refusal from None
-            raise
-        except BaseException:
-            channel.close()
-            raise
-        if not isinstance(answer, protocol.Welcome):
-            channel.close()
-            raise ProtocolError(f"{type(answer).__name__} from {address} in place of a welcome")
-        return cls(channel, answer, timeout_s)
+        welcome = _greet(channel, address, timeout_s, token, resume, held)
+        return cls(address, channel, welcome, timeout_s)
 
     def handle(self, namespace: Namespace) -> int:
         """What stands for the namespace on this link."""
@@ -114,15 +91,28 @@ class Link:
             mapping.forbid()
 
     def _map(self, arena: int, *, writable: bool) -> Mapping:
-        reply = self.channel.call(protocol.OpenArena(arena, writable), self.timeout_s, with_fd=True)
-        if reply.fd is None:
-            raise ProtocolError(f"the daemon sent no descriptor of arena {arena}")
+        fd = self._descriptor(arena, writable=writable)
         size = self.welcome.arena_bytes[arena]
-        self._open_fds.add(reply.fd)
-        mapping = self._maps[arena, writable] = Mapping(reply.fd, size, writable=writable)
+        self._open_fds.add(fd)
+        mapping = self._maps[arena, writable] = Mapping(fd, size, writable=writable)
         name = f"kvstore-populate-{arena}"
-        threading.Thread(target=self._populate, args=(mapping, reply.fd), name=name, daemon=True).start()
+        threading.Thread(target=self._populate, args=(mapping, fd), name=name, daemon=True).start()
         return mapping
+
+    def _descriptor(self, arena: int, *, writable: bool) -> int:
+        """Fetch the arena's descriptor over a connection of its own: it comes with the bytes of an answer,
+        and on the main one any thread may be reading those, which would have to look for it every time."""
+        channel = Channel(_dial(self._address, self.timeout_s, None), self.timeout_s)
+        try:
+            welcome = _greet(channel, self._address, self.timeout_s, None, (), ())
+            if welcome.epoch != self.welcome.epoch:
+                raise Unavailable(f"the daemon at {self._address} has restarted")
+            fd = channel.call(protocol.OpenArena(arena, writable), self.timeout_s, with_fd=True).fd
+        finally:
+            channel.close()
+        if fd is None:
+            raise ProtocolError(f"the daemon at {self._address} sent no descriptor of arena {arena}")
+        return fd
 
     def _populate(self, mapping: Mapping, fd: int) -> None:
         """Enter into our page tables what the daemon has populated, so that no copy pays for it."""
@@ -140,6 +130,41 @@ class Link:
         finally:
             self._open_fds.discard(fd)
             os.close(fd)
+
+
+def _greet(
+    channel: Channel,
+    address: str,
+    timeout_s: float,
+    token: str | None,
+    resume: Sequence[bytes],
+    held: Sequence[int],
+) -> protocol.Welcome:
+    """Say hello, and prove the token where the daemon asks for it. Closes the channel when it fails."""
+    nonce = secrets.token_bytes(32)
+    name = f"pid {os.getpid()}"
+    hello = protocol.Hello(protocol.MAJOR, protocol.MINOR, nonce, name, list(resume), list(held))
+    try:
+        answer = channel.call(hello, timeout_s).answer
+        if isinstance(answer, protocol.Challenge):
+            if token is None:
+                raise Unauthorized(f"the daemon at {address} wants a token; give token=")
+            wanted = protocol.token_proof(token, "daemon", nonce, answer.nonce)
+            if not hmac.compare_digest(wanted, answer.proof):
+                raise Unauthorized(f"the daemon at {address} does not know this token")
+            proof = protocol.token_proof(token, "client", nonce, answer.nonce)
+            answer = channel.call(protocol.Proof(proof), timeout_s).answer
+        if not isinstance(answer, protocol.Welcome):
+            raise ProtocolError(f"{type(answer).__name__} from {address} in place of a welcome")
+    except Unavailable:
+        channel.close()
+        if channel.refusal is not None:
+            raise channel.refusal from None
+        raise
+    except BaseException:
+        channel.close()
+        raise
+    return answer
 
 
 def _dial(address: str, timeout_s: float, tls: ssl.SSLContext | None) -> socket.socket:

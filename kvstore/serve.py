@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -80,13 +81,9 @@ class Daemon:
             self._server.start()
             await self._server.listen_unix(self._socket, mode=int(self._config.socket_mode, 8))
             self._listening = True
+            gc.freeze()  # what is there by now stays
             print("kvstore ready:", f"socket={self._socket}", *addresses, flush=True)
-            logger.info(
-                "node %s: %d bytes of %s pages",
-                self._config.node,
-                self._dram.capacity_bytes,
-                self._dram.pages,
-            )
+            logger.info("node %s, epoch %d", self._config.node, self._server.epoch)
             await self._stop.wait()
         finally:
             self._listening = False

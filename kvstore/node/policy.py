@@ -7,7 +7,7 @@ say. A third policy is one class with the five methods of `Policy` and one entry
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import islice
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 
 class Entry(Protocol):
@@ -26,7 +26,7 @@ class Policy(Protocol):
     def requested(self, prefix: Sequence[Entry]) -> None:
         """One request stored or hit these resident blocks, head first; new ones enter the order."""
 
-    def victims(self, evictable: Callable[[Entry], bool]) -> Iterator[Entry]:
+    def victims(self, evictable: Callable[[Any], bool]) -> Iterator[Entry]:
         """Yield blocks in the order in which they should leave, only those that `evictable` allows.
 
         The blocks stay in the order until `left`. The caller stops iterating once anything changed.
@@ -58,7 +58,7 @@ class FIFO:
             if block not in aside:
                 order[block] = None
 
-    def victims(self, evictable: Callable[[Entry], bool]) -> Iterator[Entry]:
+    def victims(self, evictable: Callable[[Any], bool]) -> Iterator[Entry]:
         passed = 0
         while (block := next(islice(self._order, passed, None), None)) is not None:
             if evictable(block):

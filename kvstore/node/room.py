@@ -11,13 +11,15 @@ It decides and changes the directory and the tier; it runs on the event loop, so
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 from kvstore.node.directory import Block, State, TierDirectory, evictable
 from tiers.base import Slot, SlotTier
 
 # Moved by one request at most, copied on the event loop: 8 MiB take about 1.2 ms.
 MOVE_BYTES_MAX: Final = 8 << 20
+# Memory free in pieces is worth moving blocks for when it is more than one part in this many.
+_MOVE_WHEN_FREE: Final = 50
 # Windows compared for one slot; the benchmark `allocator` fills the arena no better with 64.
 _SEEDS: Final = 16
 # When all of these coldest blocks lie between pinned ones, there is no room.
@@ -102,8 +104,13 @@ class Room:
         if slot is not None or not self._populated:
             return slot
         wanted = self._tier.slot_length(length)
-        if self._tier.free_bytes >= wanted and (hole := self._compacted(wanted)) is not None:
-            return self._tier.take(length, self, hole)
+        if self._tier.free_bytes >= max(wanted, self._tier.capacity_bytes // _MOVE_WHEN_FREE):
+            hole = self._compacted(wanted)
+            if hole is not None:
+                return self._tier.take(length, self, hole)
+        coldest = self._coldest()
+        if coldest is not None and coldest.slot.length == wanted:
+            return self._evicted(coldest)
         window = self._cheapest_window(wanted)
         return None if window is None else self._tier.take(length, self, self._emptied(window))
 
@@ -116,12 +123,10 @@ class Room:
 
     def _cheapest_window(self, wanted: int) -> "_Window | None":
         best: _Window | None = None
-        seeds = self._directory.policy.victims(evictable)  # type: ignore[arg-type]
-        for number, block in enumerate(seeds):
+        for number, block in enumerate(self._directory.policy.victims(evictable)):
             if number >= (_SEEDS if best is not None else _SEEDS_MAX):
                 break
-            assert isinstance(block, Block)
-            window = _Window(block.slot)
+            window = _Window(cast(Block, block).slot)
             grown = window.grow(wanted, _Window.may_evict)
             self._steps_left -= len(window.blocks)
             if not grown:
@@ -134,17 +139,25 @@ class Room:
                 break
         return best
 
+    def _coldest(self) -> Block | None:
+        return cast("Block | None", next(self._directory.policy.victims(evictable), None))
+
     def _emptied(self, window: "_Window") -> Slot:
         """Evict the window's blocks, children before parents; the answer is the free slot left."""
         for block in window.blocks:
-            self._evicted_blocks += 1
-            self._evicted_bytes += block.length
-            slot = self._directory.evict(block)
-            if self._debug:
-                self._tier.poison(slot)
-            hole = self._tier.free(slot)
-        self.evicted.extend(window.blocks)
+            hole = self._tier.free(self._evicted(block))
         return hole
+
+    def _evicted(self, block: Block) -> Slot:
+        """Evict one block; its slot is this room's, neither free nor given out."""
+        self._evicted_blocks += 1
+        self._evicted_bytes += block.length
+        self.evicted.append(block)
+        slot = cast(Slot, self._directory.evict(block))
+        slot.owner = self
+        if self._debug:
+            self._tier.poison(slot)
+        return slot
 
     # Moving.
 

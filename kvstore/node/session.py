@@ -6,6 +6,7 @@ Requests are answered as they come; those that have to wait are answered later, 
 import asyncio
 import hmac
 import logging
+import os
 import secrets
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, Protocol
@@ -201,7 +202,7 @@ class Session:
         if not self.holder.maps:
             raise InvalidRequest("arenas are not mapped over TCP; connect over the unix socket")
         fd = self._host.open_arena(request.arena, writable=request.writable)
-        self._connection.send(frame(request_id, protocol.Done()), fd=fd)
+        self._connection.send(frame(request_id, protocol.Done()), fd=fd, after=lambda: os.close(fd))
 
     # Writers.
 

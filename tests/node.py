@@ -1,0 +1,231 @@
+"""A real daemon in a process of its own, and a raw connection to it, for tests."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from kvstore import protocol
+from kvstore.block import Namespace
+from kvstore.client import StoreClient
+
+
+class Node:
+    """`kvstore serve` with a socket in a folder of its own. Stops, or is killed, with the test."""
+
+    def __init__(self, dram: str = "64MiB", *flags: str, environ: dict[str, str] | None = None) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="kvstore-test-")
+        self.folder = Path(self._folder.name)
+        self.socket = self.folder / "node.sock"
+        self.address = f"unix:{self.socket}"
+        self._command = [
+            sys.executable,
+            "-m",
+            "kvstore",
+            "serve",
+            "--dram",
+            dram,
+            "--socket",
+            str(self.socket),
+        ]
+        self._command += ["--http", "127.0.0.1:0", *flags]
+        self._environ = {**os.environ, **(environ or {})}
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or start it again after `kill`; returns once it is ready and its arena populated."""
+        self._log = (self.folder / "log").open("ab")
+        self.process = subprocess.Popen(
+            self._command, stdout=subprocess.PIPE, stderr=self._log, env=self._environ, text=True
+        )
+        assert self.process.stdout is not None
+        self.ready_line = self.process.stdout.readline()
+        assert "kvstore ready" in self.ready_line, self.log
+        with self.client() as store:
+            wait_for(lambda: (tier := store.statistics().tiers[0]).ready_bytes == tier.capacity_bytes)
+
+    @property
+    def pid(self) -> int:
+        """Of the daemon."""
+        return self.process.pid
+
+    @property
+    def log(self) -> str:
+        """What it has logged so far."""
+        return (self.folder / "log").read_text()
+
+    def endpoint(self, name: str) -> str:
+        """The host and port that it said it listens on, for `http` or `data`."""
+        found = re.search(rf"{name}=(\S+)", self.ready_line)
+        assert found, self.ready_line
+        return found[1]
+
+    def client(self, **options: Any) -> StoreClient:
+        """A new client over the unix socket."""
+        return StoreClient.connect(self.address, **options)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self.process.kill()
+        self._reap()
+
+    def stop(self) -> int:
+        """SIGTERM; the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self._reap()
+
+    def check(self) -> None:
+        """Let it recount all it has: nothing may be wrong."""
+        with self.client() as store:
+            assert store.check() == []
+
+    def _reap(self) -> int:
+        try:
+            return self.process.wait(timeout=20)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+            self._log.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._log.closed:
+            self.stop()
+        self._folder.cleanup()
+
+
+class RawConnection:
+    """The protocol by hand: for saying what no client would."""
+
+    def __init__(self, address: Path | tuple[str, int], *, greet: bool = True) -> None:
+        if isinstance(address, tuple):
+            self.sock = socket.create_connection(address, timeout=20)
+        else:
+            self.sock = socket.socket(socket.AF_UNIX)
+            self.sock.settimeout(20)
+            self.sock.connect(str(address))
+        self.request_id = 0
+        if greet:
+            hello = protocol.Hello(protocol.MAJOR, protocol.MINOR, os.urandom(32))
+            assert isinstance(self.ask(hello), protocol.Welcome)
+
+    def ask(self, request: protocol.Request, payload: bytes = b"") -> protocol.Answer:
+        """Send a request and return its answer."""
+        self.request_id += 1
+        self.send(protocol.frame(self.request_id, request, len(payload)) + payload)
+        return self.answer()
+
+    def send(self, data: bytes) -> None:
+        """Send bytes as they are."""
+        self.sock.sendall(data)
+
+    def answer(self) -> protocol.Answer:
+        """The next answer; ConnectionResetError when there is none."""
+        body_bytes, _, payload_bytes = protocol.HEADER.unpack(self._exactly(protocol.HEADER.size))
+        answer = protocol.decode_answer(self._exactly(body_bytes))
+        self.payload = self._exactly(payload_bytes)
+        return answer
+
+    def failure(self) -> protocol.Failure:
+        """The next answer, which must be a failure."""
+        answer = self.answer()
+        assert isinstance(answer, protocol.Failure), answer
+        return answer
+
+    def closed(self) -> bool:
+        """Whether the daemon ends the connection."""
+        try:
+            while self.sock.recv(65536):
+                pass
+        except ConnectionResetError:
+            pass
+        return True
+
+    def open(self, namespace: Namespace) -> int:
+        """A handle of the namespace."""
+        answer = self.ask(protocol.OpenNamespace(namespace.id, namespace))
+        assert isinstance(answer, protocol.Opened), answer
+        return answer.handle
+
+    def close(self) -> None:
+        """Without a word."""
+        self.sock.close()
+
+    def _exactly(self, nbytes: int) -> bytes:
+        data = b""
+        while len(data) < nbytes:
+            piece = self.sock.recv(nbytes - len(data))
+            if not piece:
+                raise ConnectionResetError("the daemon closed the connection")
+            data += piece
+        return data
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    """Until the condition holds; fails when it does not within the time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.005)
+
+
+def open_files(pid: int) -> int:
+    """Descriptors of a process."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def threads(pid: int) -> int:
+    """Threads of a process."""
+    return len(os.listdir(f"/proc/{pid}/task"))
+
+
+def private_bytes(pid: int) -> int:
+    """Memory of a process that is not shared."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return sum(int(value) for value in re.findall(r"Rss(?:Anon|File):\s+(\d+) kB", status)) * 1024
+
+
+@contextmanager
+def child(body: Callable[[], None]) -> Iterator[int]:
+    """Run `body` in a forked process; its pid. Killed at the end if it still runs."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            body()
+            status = 0
+        finally:
+            os._exit(status)
+    try:
+        yield pid
+    finally:
+        try:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass

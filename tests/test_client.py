@@ -1,0 +1,347 @@
+"""The verbs as a client sees them, against a real daemon."""
+
+import gc
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from kvstore.block import HitLength, Namespace
+from kvstore.client import StoreClient, copy
+from kvstore.errors import DeadlineExceeded, InvalidRequest, LeaseError, Unavailable
+from tests.node import Node, wait_for
+
+MIB = 1 << 20
+
+
+def keys(count: int, tag: str = "k") -> list[bytes]:
+    return [f"{tag}{index}".encode().ljust(32, b".") for index in range(count)]
+
+
+def fill(store: StoreClient, namespace: Namespace, names: list[bytes], nbytes: int = 4096) -> None:
+    with store.reserve(namespace, names, nbytes, wait_s=5) as write:
+        assert write.granted == names
+        for key, view in zip(write.granted, write.views, strict=True):
+            view[:] = pattern(key, nbytes)
+        write.commit()
+
+
+def pattern(key: bytes, nbytes: int) -> bytes:
+    return (key * (nbytes // len(key) + 1))[:nbytes]
+
+
+def test_what_is_committed_is_read_bit_for_bit(store: StoreClient, namespace: Namespace) -> None:
+    fill(store, namespace, keys(9), 5000)
+    with store.acquire(namespace, keys(9)) as read:
+        assert read.hit_length == 9
+        assert [bytes(view) for view in read.views] == [pattern(key, 5000) for key in keys(9)]
+
+
+def test_a_reserved_block_is_invisible_until_commit(store: StoreClient, namespace: Namespace) -> None:
+    with store.reserve(namespace, keys(2), 100) as write:
+        assert store.hit_length(namespace, keys(2)) == HitLength()
+        write.commit()
+    assert store.hit_length(namespace, keys(2)) == HitLength(0, 2, 2, 2)
+
+
+def test_leaving_without_commit_aborts(store: StoreClient, namespace: Namespace) -> None:
+    with store.reserve(namespace, keys(2), 100) as write:
+        assert len(write.granted) == 2
+    assert store.get(namespace, keys(1)[0], timeout_s=0) is None
+    assert store.statistics().tiers[0].pending_blocks == 0
+
+
+def test_some_keys_can_be_committed_before_the_others(store: StoreClient, namespace: Namespace) -> None:
+    names = keys(4)
+    with store.reserve(namespace, names, 100) as write:
+        write.commit(names[:1])
+        assert store.hit_length(namespace, names).dram == 1
+        write.commit([names[2], names[1]])
+        assert store.hit_length(namespace, names).dram == 3
+    assert store.hit_length(namespace, names).dram == 3
+
+
+def test_reserve_tells_present_busy_and_missing_apart(node: Node, namespace: Namespace) -> None:
+    names = keys(4)
+    with node.client() as one, node.client() as two:
+        fill(one, namespace, names[:1])
+        with one.reserve(namespace, names[1:2], 4096) as first, two.reserve(namespace, names, 4096) as second:
+            assert (second.present, second.busy, second.granted) == (names[:1], names[1:2], names[2:])
+            first.commit()
+            second.commit()
+        assert two.hit_length(namespace, names).dram == 4
+
+
+def test_a_hole_ends_the_hit(store: StoreClient, namespace: Namespace) -> None:
+    names = keys(5)
+    fill(store, namespace, names)
+    assert store.remove(namespace, [names[2]]) == 1
+    with store.acquire(namespace, names) as read:
+        assert read.hit_length == len(read.views) == 2
+
+
+def test_acquire_each_allows_holes_and_mixes_namespaces(store: StoreClient, namespace: Namespace) -> None:
+    other = Namespace(model=namespace.model, salt="tenant")
+    fill(store, namespace, keys(1))
+    fill(store, other, keys(1, "o"), 200)
+    items = [(namespace, keys(1)[0]), (other, keys(1)[0]), (other, keys(1, "o")[0])]
+    with store.acquire_each(items) as read:
+        assert [view is not None and len(view) for view in read.views] == [4096, False, 200]
+    assert list(store.hit_each(items)) == [True, False, True]
+
+
+def test_acquire_waits_for_a_block_that_is_being_written(node: Node, namespace: Namespace) -> None:
+    with node.client() as writer, node.client() as reader, writer.reserve(namespace, keys(2), 64) as write:
+        hits: list[int] = []
+        waiting = threading.Thread(
+            target=lambda: hits.append(reader.acquire(namespace, keys(2), wait_s=10).hit_length)
+        )
+        waiting.start()
+        write.commit(keys(1))
+        # The reader's other calls are not held up by the one that waits.
+        assert reader.hit_length(namespace, keys(2)).dram == 1
+        assert waiting.is_alive()
+        write.commit()
+        waiting.join(5)
+        assert hits == [2]
+
+
+def test_acquire_stops_waiting_when_the_writer_aborts(node: Node, namespace: Namespace) -> None:
+    with node.client() as writer, node.client() as reader:
+        write = writer.reserve(namespace, keys(1), 64)
+        threading.Timer(0.1, write.abort).start()
+        started = time.monotonic()
+        assert reader.get(namespace, keys(1)[0], timeout_s=10) is None
+        assert time.monotonic() - started < 5
+
+
+def test_acquire_does_not_wait_for_what_nobody_announced(store: StoreClient, namespace: Namespace) -> None:
+    started = time.monotonic()
+    assert store.get(namespace, b"nobody", timeout_s=10) is None
+    assert time.monotonic() - started < 5
+
+
+def test_acquire_gives_what_is_ready_at_its_deadline(node: Node, namespace: Namespace) -> None:
+    with node.client() as writer, node.client() as reader:
+        write = writer.reserve(namespace, keys(3), 64)
+        write.commit(keys(1))
+        with reader.acquire(namespace, keys(3), wait_s=0.1) as read:
+            assert read.hit_length == 1
+        write.abort()
+
+
+def test_reserve_waits_for_room(node: Node, namespace: Namespace) -> None:
+    with node.client() as one, node.client() as two, node.client() as three:
+        fill(one, namespace, keys(32), MIB)
+        fill(two, namespace, keys(32, "x"), MIB)
+        pinned = one.acquire(namespace, keys(32))
+        others = two.acquire(namespace, keys(32, "x"))
+        assert pinned.hit_length == others.hit_length == 32
+        assert three.reserve(namespace, keys(1, "new"), 2 * MIB).refused == keys(1, "new")
+        threading.Timer(0.1, pinned.release).start()
+        with three.reserve(namespace, keys(1, "new"), 2 * MIB, wait_s=10) as write:
+            assert write.granted == keys(1, "new")
+        with pytest.raises(DeadlineExceeded, match="no room for 67108864 bytes"):
+            three.put(namespace, b"all", bytes(64 * MIB), timeout_s=0.2)
+        others.release()
+
+
+def test_pinned_blocks_survive_twice_the_arena_of_new_ones(store: StoreClient, namespace: Namespace) -> None:
+    fill(store, namespace, keys(8), MIB)
+    with store.acquire(namespace, keys(8)) as read:
+        for batch in range(8):
+            fill(store, namespace, keys(16, f"batch{batch}-"), MIB)
+        assert [bytes(view) for view in read.views] == [pattern(key, MIB) for key in keys(8)]
+    assert store.statistics().counters.evicted_blocks > 50
+
+
+def test_a_client_at_its_pin_limit_gets_shorter_hits(store: StoreClient, namespace: Namespace) -> None:
+    fill(store, namespace, keys(32), MIB)
+    fill(store, namespace, keys(20, "x"), MIB)
+    with store.acquire(namespace, keys(32)) as first, store.acquire(namespace, keys(20, "x")) as second:
+        assert (first.hit_length, first.limited) == (32, False)
+        assert (second.hit_length, second.limited) == (0, True)
+    with store.acquire(namespace, keys(20, "x")) as again:
+        assert (again.hit_length, again.limited) == (20, False)
+
+
+def test_a_client_at_its_reserve_limit_is_refused_the_rest(store: StoreClient, namespace: Namespace) -> None:
+    with store.reserve(namespace, keys(40), MIB) as write:
+        assert (len(write.granted), len(write.refused)) == (32, 8)
+    fill(store, namespace, keys(32), MIB)
+
+
+def test_put_and_get_copy(store: StoreClient, namespace: Namespace) -> None:
+    data = np.arange(1000, dtype=np.float32)
+    store.put(namespace, b"k", data)
+    assert store.get(namespace, b"k") == data.tobytes()
+    store.put(namespace, b"k", data)  # there already
+    with pytest.raises(InvalidRequest, match=r"nbytes is 5 .* here with 4000 bytes"):
+        store.put(namespace, b"k", b"other")
+
+
+def test_removed_blocks_are_hidden_at_once_and_freed_at_the_last_release(
+    store: StoreClient, namespace: Namespace
+) -> None:
+    fill(store, namespace, keys(1))
+    with store.acquire(namespace, keys(1)) as read:
+        assert store.remove(namespace, keys(1)) == 1
+        assert store.hit_length(namespace, keys(1)).dram == 0
+        fill(store, namespace, keys(1), 5000)  # another length: another block under the same key
+        assert bytes(read.views[0]) == pattern(keys(1)[0], 4096)
+        assert store.statistics().tiers[0].doomed_blocks == 1
+    assert store.remove(namespace, keys(1)) == 1
+    wait_for(lambda: store.statistics().tiers[0].doomed_blocks == 0)
+
+
+def test_list_pages_through_a_namespace(store: StoreClient, namespace: Namespace) -> None:
+    names = keys(6000)
+    for start in range(0, 6000, 2000):
+        fill(store, namespace, names[start : start + 2000], 64)
+    found: dict[bytes, int] = {}
+    cursor: int | None = None
+    while True:
+        page = store.list(namespace, cursor)
+        found.update(zip(page.keys, page.lengths, strict=True))
+        if (cursor := page.cursor) is None:
+            break
+    assert found == dict.fromkeys(names, 64)
+    assert store.list(Namespace(model="empty")).keys == []
+
+
+def test_namespaces_do_not_see_each_other(store: StoreClient) -> None:
+    salted, plain = Namespace(model="m", salt="a"), Namespace(model="m")
+    fill(store, salted, keys(1))
+    assert store.get(plain, keys(1)[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("verb", "message"),
+    [
+        (lambda lease: (lease.commit(), lease.commit()), "commit on a lease that has ended"),
+        (lambda lease: (lease.abort(), lease.commit()), "commit on a lease that has ended"),
+        (lambda lease: (lease.abort(), lease.abort()), "abort of a lease that has ended"),
+        (lambda lease: (lease.commit(keys(1)), lease.commit(keys(1))), "was committed before"),
+        (lambda lease: (lease.abort(), lease.views), "views on a lease that has ended"),
+    ],
+)
+def test_a_write_lease_ends_once(
+    store: StoreClient, namespace: Namespace, verb: object, message: str
+) -> None:
+    lease = store.reserve(namespace, keys(2), 64)
+    assert callable(verb)
+    with pytest.raises(LeaseError, match=message):
+        verb(lease)
+
+
+def test_a_read_lease_ends_once(store: StoreClient, namespace: Namespace) -> None:
+    fill(store, namespace, keys(1))
+    lease = store.acquire(namespace, keys(1))
+    view = lease.views[0]
+    assert lease.valid
+    lease.release()
+    assert not lease.valid
+    with pytest.raises(LeaseError, match="release of a lease that has ended"):
+        lease.release()
+    with pytest.raises(LeaseError, match="views on a lease that has ended"):
+        _ = lease.views
+    with pytest.raises(ValueError, match="released memoryview"):
+        view[0]
+
+
+def test_read_views_cannot_be_written(store: StoreClient, namespace: Namespace) -> None:
+    fill(store, namespace, keys(1))
+    with store.acquire(namespace, keys(1)) as read, pytest.raises(TypeError, match="read-only"):
+        read.views[0][0] = 1
+
+
+def test_a_lease_may_be_released_from_another_thread(store: StoreClient, namespace: Namespace) -> None:
+    fill(store, namespace, keys(1))
+    lease = store.acquire(namespace, keys(1))
+    releasing = threading.Thread(target=lease.release)
+    releasing.start()
+    releasing.join()
+    wait_for(lambda: store.statistics().tiers[0].pinned_blocks == 0)
+
+
+def test_a_forgotten_lease_is_given_up(store: StoreClient, namespace: Namespace) -> None:
+    fill(store, namespace, keys(1))
+    store.acquire(namespace, keys(1))
+    gc.collect()
+    wait_for(lambda: store.statistics().tiers[0].pinned_blocks == 0)
+
+
+def test_many_threads_share_one_client(store: StoreClient, namespace: Namespace) -> None:
+    failures: list[str] = []
+
+    def work(number: int) -> None:
+        for turn in range(60):
+            names = keys(3, f"{number}-{turn}-")
+            fill(store, namespace, names, 1000)
+            with store.acquire(namespace, names, wait_s=turn % 2) as read:
+                if [bytes(view) for view in read.views] != [pattern(key, 1000) for key in names]:
+                    failures.append(f"{number} {turn}")
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_a_parent_is_not_evicted_before_its_child(store: StoreClient, namespace: Namespace) -> None:
+    names = keys(8)
+    fill(store, namespace, names[:4], MIB)
+    with store.reserve(namespace, names[4:], MIB, parent=names[3]) as write:
+        write.commit()
+    for batch in range(8):
+        fill(store, namespace, keys(10, f"batch{batch}-"), MIB)
+        present = list(store.hit_each([(namespace, key) for key in names]))
+        assert present == sorted(present, reverse=True), "a block is here whose parent is not"
+
+
+def test_48_blocks_of_1_mib_and_one_of_4_fit_64_mib_in_pieces(
+    store: StoreClient, namespace: Namespace
+) -> None:
+    names = keys(64)
+    for start in range(0, 64, 16):
+        fill(store, namespace, names[start : start + 16], MIB)
+    assert store.remove(namespace, names[::4]) == 16
+    kept = [name for index, name in enumerate(names) if index % 4]
+    store.put(namespace, b"large", bytes(4 * MIB))
+    assert all(store.hit_each([(namespace, key) for key in [*kept, b"large"]]))
+    for name in kept:
+        assert store.get(namespace, name) == pattern(name, MIB)
+
+
+def test_a_closed_client_says_so(node: Node, namespace: Namespace) -> None:
+    store = node.client()
+    lease = store.reserve(namespace, keys(1), 64)
+    store.close()
+    assert not lease.valid
+    with pytest.raises(Unavailable, match="the client is closed"):
+        store.get(namespace, b"k")
+    node.check()
+
+
+def test_connecting_to_nobody_says_so(tmp_path: object) -> None:
+    with pytest.raises(Unavailable, match="is `kvstore serve` running"):
+        StoreClient.connect(f"unix:{tmp_path}/none.sock")
+    with pytest.raises(InvalidRequest, match="address 'nonsense'"):
+        StoreClient.connect("nonsense")
+
+
+def test_copy_refuses_unequal_lengths() -> None:
+    with pytest.raises(InvalidRequest, match="copy of 3 bytes into 2"):
+        copy(memoryview(bytearray(2)), memoryview(b"abc"))
+
+
+def test_tokens_and_many_lengths_travel(store: StoreClient, namespace: Namespace) -> None:
+    lengths = [100, 200, 300]
+    with store.reserve(namespace, keys(3), lengths, tokens=list(range(768))) as write:
+        assert [len(view) for view in write.views] == lengths
+        write.commit()
+    with store.acquire(namespace, keys(3)) as read:
+        assert [len(view) for view in read.views] == lengths
