@@ -204,10 +204,10 @@ class Room:
 class _Window:
     """A run of neighbouring slots, grown from one: `blocks` are those on it, in the order they entered."""
 
-    __slots__ = ("_children_inside", "_first", "_last", "block_bytes", "blocks", "size")
+    __slots__ = ("_children_inside", "_first", "_last", "_seed", "block_bytes", "blocks", "size")
 
     def __init__(self, seed: Slot) -> None:
-        self._first = self._last = seed
+        self._first = self._last = self._seed = seed
         self.size = 0
         self.block_bytes = 0
         self.blocks: list[Block] = []
@@ -238,7 +238,10 @@ class _Window:
         return True
 
     def trim(self, wanted: int) -> None:
-        """Let go of blocks at either end that the window does not need."""
+        """Let go of blocks at either end that the window does not need.
+
+        Never of the seed: were the coldest block spared, its neighbours would leave for it again and again.
+        """
         while self._first is not self._last:
             end = next((s for s in (self._first, self._last) if self._dispensable(s, wanted)), None)
             if end is None:
@@ -285,6 +288,7 @@ class _Window:
         block = slot.owner
         return (
             block is not None
+            and slot is not self._seed
             and self.size - slot.length >= wanted
             # Its parent would leave without it.
             and (block.parent is None or block.parent not in self.blocks)
