@@ -28,7 +28,7 @@ SIZES: Final = (4 * KIB, 64 * MIB)
 PINNED: Final = 0.1
 CAPACITIES: Final = {"1GiB": GIB, "16GiB": 16 * GIB}
 # Allocations, as multiples of the blocks that fit: the first part fills the arena and is not counted.
-FILLING, COUNTED = 10, 20
+FILLING, COUNTED = 6, 10
 
 
 class PaperTier:
@@ -158,7 +158,7 @@ def simulate(capacity_bytes: int, seed: int, way: Callable[[Arena], Callable[[in
             block = directory.add(arena.shelf, number.to_bytes(8, "big"), length, slot, State.RESERVED, None)
             slot.owner = block
             directory.seal([block])
-            directory.policy.requested([block])
+            directory.requested([block])
             taken_bytes += length
         _turn_pins(chance, directory, arena.shelf.sealed, pinned)
         if number >= fitting * FILLING:

@@ -54,10 +54,22 @@ class Block:
     """One block in one tier. `slot` is the tier's own (an arena span, a place in a file).
 
     `generation` is new at every change of state that somebody else will finish, so that a late
-    completion can be told from a current one. `parent` and `children` link resident blocks of a prefix.
+    completion can be told from a current one. `stamp` is the number of the request that used it last, of
+    `TierDirectory.requests`. `parent` and `children` link resident blocks of a prefix.
     """
 
-    __slots__ = ("children", "generation", "key", "length", "parent", "pins", "shelf", "slot", "state")
+    __slots__ = (
+        "children",
+        "generation",
+        "key",
+        "length",
+        "parent",
+        "pins",
+        "shelf",
+        "slot",
+        "stamp",
+        "state",
+    )
 
     def __init__(self, shelf: Shelf, key: bytes, length: int, slot: Any, state: State) -> None:
         self.shelf = shelf
@@ -66,6 +78,7 @@ class Block:
         self.slot = slot
         self.state = state
         self.generation = 0
+        self.stamp = 0
         self.pins = 0
         self.parent: Block | None = None
         self.children = 0
@@ -105,6 +118,7 @@ class TierDirectory:
         self.policy = policy
         self._shelves: WeakValueDictionary[bytes, Shelf] = WeakValueDictionary()
         self._generation = 0
+        self.requests = 0
         self._sealed = self._sealed_bytes = 0
         self._pending = 0
         self._pinned = self._pinned_bytes = 0
@@ -199,6 +213,13 @@ class TierDirectory:
                     slots.append(self._absent(block))
         self.policy.freed(blocks)
         return slots
+
+    def requested(self, prefix: Sequence[Block]) -> None:
+        """One request stored or hit these readable blocks, head first."""
+        self.requests += 1
+        for block in prefix:
+            block.stamp = self.requests
+        self.policy.requested(prefix)
 
     # What makes room: sealed -> absent at once, or through demoting.
 

@@ -59,14 +59,16 @@ class FIFO:
                 order[block] = None
 
     def victims(self, evictable: Callable[[Any], bool]) -> Iterator[Entry]:
-        passed = 0
-        while (block := next(islice(self._order, passed, None), None)) is not None:
-            if evictable(block):
-                yield block
-                passed += 1
-            else:
-                del self._order[block]
-                self._aside.add(block)
+        passed, chunk = 0, 1
+        while blocks := list(islice(self._order, passed, passed + chunk)):
+            for block in blocks:
+                if evictable(block):
+                    passed += 1
+                    yield block
+                else:
+                    del self._order[block]
+                    self._aside.add(block)
+            chunk *= 4  # most callers want one; for those who want many, linear in all
 
     def freed(self, blocks: Sequence[Entry]) -> None:
         if not self._aside:

@@ -11,6 +11,7 @@ It decides and changes the directory and the tier; it runs on the event loop, so
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final, cast
 
 from kvstore.node.directory import Block, State, TierDirectory, evictable
@@ -20,14 +21,11 @@ from tiers.base import Slot, SlotTier
 MOVE_BYTES_MAX: Final = 8 << 20
 # Memory free in pieces is worth moving blocks for when it is more than one part in this many.
 _MOVE_WHEN_FREE: Final = 50
-# Windows compared for one slot; the benchmark `allocator` fills the arena no better with 64.
+# Places looked at for joining pieces, and blocks around which a window is grown when time is short.
 _SEEDS: Final = 16
-# When all of these coldest blocks lie between pinned ones, there is no room.
-_SEEDS_MAX: Final = 256
-# A window that costs no more than this many times the wanted length is taken without looking further.
-_GOOD_ENOUGH: Final = 1.25
-# Steps of all windows of one request, about 0.3 us each; after that the first window that fits is taken.
-_STEPS_MAX: Final = 10_000
+# Blocks looked at by one request, under 1 us each. A slot of 64 MiB among blocks of all sizes takes some
+# hundreds, one of the usual length a single one.
+_STEPS_MAX: Final = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +109,7 @@ class Room:
         coldest = self._coldest()
         if coldest is not None and coldest.slot.length == wanted:
             return self._evicted(coldest)
-        window = self._cheapest_window(wanted)
+        window = self._window(wanted)
         return None if window is None else self._tier.take(length, self, self._emptied(window))
 
     def _free_oldest(self) -> None:
@@ -121,23 +119,31 @@ class Room:
 
     # Evicting.
 
-    def _cheapest_window(self, wanted: int) -> "_Window | None":
-        best: _Window | None = None
-        for number, block in enumerate(self._directory.policy.victims(evictable)):
-            if number >= (_SEEDS if best is not None else _SEEDS_MAX):
+    def _window(self, wanted: int) -> "_Window | None":
+        """The window to evict: the one whose youngest block is oldest, where that can be found in time."""
+        condemned = _Condemned()
+        for block in self._directory.policy.victims(condemned.may_leave):
+            self._steps_left -= 1
+            first, last, size = condemned.add(cast(Block, block))
+            if size >= wanted:
+                window = _Window(first)
+                window.extend(last)
+                window.blocks.sort(key=condemned.order.__getitem__)
+                window.trim(wanted)
+                return window
+            if self._steps_left <= 0:
                 break
+        return self._nearest_window(wanted)
+
+    def _nearest_window(self, wanted: int) -> "_Window | None":
+        """The first window around one of the coldest blocks, however young its neighbours."""
+        seeds = islice(self._directory.policy.victims(evictable), _SEEDS)
+        for block in seeds:
             window = _Window(cast(Block, block).slot)
-            grown = window.grow(wanted, _Window.may_evict)
-            self._steps_left -= len(window.blocks)
-            if not grown:
-                continue
-            window.trim(wanted)
-            if best is None or window.block_bytes < best.block_bytes:
-                best = window
-            alone = len(window.blocks) == 1
-            if alone or best.block_bytes <= wanted * _GOOD_ENOUGH or self._steps_left <= 0:
-                break
-        return best
+            if window.grow(wanted, _Window.may_evict):
+                window.trim(wanted)
+                return window
+        return None
 
     def _coldest(self) -> Block | None:
         return cast("Block | None", next(self._directory.policy.victims(evictable), None))
@@ -204,10 +210,10 @@ class Room:
 class _Window:
     """A run of neighbouring slots, grown from one: `blocks` are those on it, in the order they entered."""
 
-    __slots__ = ("_children_inside", "_first", "_last", "_seed", "block_bytes", "blocks", "size")
+    __slots__ = ("_children_inside", "_first", "_last", "block_bytes", "blocks", "size")
 
     def __init__(self, seed: Slot) -> None:
-        self._first = self._last = self._seed = seed
+        self._first = self._last = seed
         self.size = 0
         self.block_bytes = 0
         self.blocks: list[Block] = []
@@ -237,22 +243,30 @@ class _Window:
             self._enter(chosen)
         return True
 
-    def trim(self, wanted: int) -> None:
-        """Let go of blocks at either end that the window does not need.
+    def extend(self, last: Slot) -> None:
+        """Take in all slots up to `last`, which lies after."""
+        while self._last is not last:
+            assert self._last.after is not None
+            self._last = self._last.after
+            self._enter(self._last)
 
-        Never of the seed: were the coldest block spared, its neighbours would leave for it again and again.
-        """
-        while self._first is not self._last:
-            end = next((s for s in (self._first, self._last) if self._dispensable(s, wanted)), None)
-            if end is None:
+    def trim(self, wanted: int) -> None:
+        """Spare blocks at either end that need not leave, the younger first."""
+        blocks = set(self.blocks)
+        while True:
+            ends = [s for s in {self._first, self._last} if self._dispensable(s, wanted, blocks)]
+            if not ends:
                 return
+            end = max(ends, key=lambda slot: slot.owner.stamp if slot.owner is not None else 0)
             if end is self._first and end.after is not None:
                 self._first = end.after
             elif end.before is not None:
                 self._last = end.before
             self.size -= end.length
-            self.block_bytes -= end.length
-            self.blocks.remove(end.owner)
+            if end.owner is not None:
+                self.block_bytes -= end.length
+                blocks.remove(end.owner)
+        self.blocks = [block for block in self.blocks if block in blocks]
 
     def slots(self) -> list[Slot]:
         """All slots by address."""
@@ -284,12 +298,54 @@ class _Window:
             and may_enter(self, block)
         )
 
-    def _dispensable(self, slot: Slot, wanted: int) -> bool:
+    def _dispensable(self, slot: Slot, wanted: int, blocks: set[Block]) -> bool:
         block = slot.owner
+        # A block cannot stay whose parent leaves.
+        return self.size - slot.length >= wanted and (block is None or block.parent not in blocks)
+
+
+class _Condemned:
+    """Blocks in the order in which the policy gives them up, joined into runs of neighbours as they come.
+
+    The first run that is long enough is the best there is: any other would need a younger block.
+    """
+
+    def __init__(self) -> None:
+        self.order: dict[Block, int] = {}
+        self._children: dict[Block, int] = {}
+        # The far end and the size of each run, by its end.
+        self._from_first: dict[Slot, tuple[Slot, int]] = {}
+        self._from_last: dict[Slot, tuple[Slot, int]] = {}
+
+    def may_leave(self, block: Block) -> bool:
+        """As `evictable`, were all that is condemned gone."""
         return (
-            block is not None
-            and slot is not self._seed
-            and self.size - slot.length >= wanted
-            # Its parent would leave without it.
-            and (block.parent is None or block.parent not in self.blocks)
+            block.pins == 0 and block.state is State.SEALED and block.children == self._children.get(block, 0)
         )
+
+    def add(self, block: Block) -> tuple[Slot, Slot, int]:
+        """Condemn a block; first slot, last slot and size of the run that it is in now."""
+        self.order[block] = len(self.order)
+        if block.parent is not None:
+            self._children[block.parent] = self._children.get(block.parent, 0) + 1
+        first = last = block.slot
+        size = first.length
+        while (slot := first.before) is not None:
+            if slot.owner is None:
+                first, size = slot, size + slot.length
+            elif slot in self._from_last:
+                first, more = self._from_last[slot]
+                size += more
+            else:
+                break
+        while (slot := last.after) is not None:
+            if slot.owner is None:
+                last, size = slot, size + slot.length
+            elif slot in self._from_first:
+                last, more = self._from_first[slot]
+                size += more
+            else:
+                break
+        self._from_first[first] = last, size
+        self._from_last[last] = first, size
+        return first, last, size

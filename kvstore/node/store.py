@@ -151,7 +151,7 @@ class Store:
         self._dram.seal(blocks)
         present = [block for block in lease.present if block.state is State.SEALED]
         lease.present = []
-        self._dram.policy.requested([*present, *blocks])
+        self._dram.requested([*present, *blocks])
         for index, _ in chosen:
             lease.open[index] = None
         self._settled(holder, blocks)
@@ -459,7 +459,7 @@ class Store:
     def _pin(self, holder: Holder, lease: ReadLease, blocks: Sequence[Block], added_bytes: int) -> None:
         if blocks:
             self._dram.pin(blocks)
-            self._dram.policy.requested(lease.blocks)
+            self._dram.requested(lease.blocks)
             holder.pinned_bytes += added_bytes
             holder.reads[lease.id] = lease
 
