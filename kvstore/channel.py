@@ -143,6 +143,7 @@ class Channel:
                     self._send_all(view)
             except (OSError, ValueError) as exc:
                 self._replies.pop(request_id, None)
+                self._read_refusal()
                 self.close(f"sending failed: {exc or type(exc).__name__}")
                 raise Unavailable(self._reason()) from exc
         return request_id
@@ -280,6 +281,14 @@ class Channel:
         if self._replies.pop(request_id, None) is not None:
             raise DeadlineExceeded("no answer from the daemon in time; it is busy, stopped or gone")
 
+    def _read_refusal(self) -> None:
+        """The daemon has closed the connection: if it said why, note it."""
+        if self._reader.acquire(blocking=False):
+            with contextlib.suppress(OSError, ValueError, KVStoreError):
+                while self._read_frame(time.monotonic() + 0.1):
+                    pass
+            self._reader.release()
+
     def _make_space(self, size: int) -> None:
         if self._start + size <= len(self._buffer):
             return
@@ -296,7 +305,7 @@ class Channel:
                 _wake(reply.wake)
 
     def _reason(self) -> str:
-        return f"the daemon is away: {self.broken}"
+        return f"the daemon is away: {self.refusal or self.broken}"
 
 
 def _wake(lock: threading.Lock) -> None:

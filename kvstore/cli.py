@@ -1,6 +1,7 @@
 """The command line: one function a command. It parses, calls and prints; it decides nothing."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,8 +77,8 @@ def put(
     address: Address = HERE,
 ) -> None:
     """Store a file as one block."""
-    data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
     with _client(address) as store:
+        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
         store.put(Namespace(model=model, salt=salt), _key(key), data)
     print(f"{len(data)} bytes")
 
@@ -93,11 +94,11 @@ def get(
     """Fetch one block. Exits with 1 when it is not there."""
     with _client(address) as store:
         data = store.get(Namespace(model=model, salt=salt), _key(key))
+        if data is not None and output is not None:
+            output.write_bytes(data)
     if data is None:
         sys.exit(f"kvstore: no block {key} of {model}")
-    if output is not None:
-        output.write_bytes(data)
-    else:
+    if output is None:
         sys.stdout.buffer.write(data)
 
 
@@ -129,7 +130,7 @@ def check(address: Address = HERE) -> None:
 
 def _key(text: str) -> bytes:
     if not text.startswith("0x"):
-        return text.encode()
+        return os.fsencode(text)
     try:
         return bytes.fromhex(text[2:])
     except ValueError:
@@ -140,11 +141,11 @@ def _key(text: str) -> bytes:
 def _errors() -> Iterator[None]:
     try:
         yield
-    except (KVStoreError, OSError) as error:
+    except (KVStoreError, OSError, UnicodeError) as error:
         sys.exit(f"kvstore: {error}")
 
 
 @contextmanager
 def _client(address: str) -> Iterator[StoreClient]:
-    with _errors(), StoreClient.connect(address) as store:
+    with _errors(), StoreClient.connect(address, token=os.environ.get("KVSTORE_TOKEN")) as store:
         yield store

@@ -17,10 +17,10 @@ from typing import Any, Final, NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from kvstore import protocol
+from kvstore import packing, protocol
 from kvstore.block import HitLength, Namespace
 from kvstore.errors import DeadlineExceeded, InvalidRequest, KVStoreError, Unavailable
-from kvstore.leases import EachLease, Lease, ReadLease, WriteLease
+from kvstore.leases import EachLease, Lease, ReadLease, WriteLease, map_views, split_payload
 from kvstore.link import Link
 from kvstore.statistics import NodeStatistics
 
@@ -107,10 +107,10 @@ class StoreClient:
         Raises:
             InvalidRequest: keys or lengths are out of their limits, or a key is here with another length.
         """
-        packed = protocol.pack_keys(keys)
-        lengths = nbytes if isinstance(nbytes, int) else list(nbytes)
-        protocol.spread(lengths, len(keys))
-        token_bytes = None if tokens is None else np.asarray(tokens, np.uint32).tobytes()
+        packed = packing.pack_keys(keys)
+        lengths = packing.check_lengths(nbytes, len(keys))
+        token_bytes = packing.pack_tokens(tokens)
+        packing.check_wait(wait_s)
         link = self._connected()
         request = protocol.Reserve(link.handle(namespace), packed, lengths, parent, token_bytes, wait_s)
         answer = self._call(link, request, wait_s).answer
@@ -118,10 +118,10 @@ class StoreClient:
         slots = answer.slots
         views: list[memoryview] = []
         if link.shares_memory and slots.offsets:
-            views = _views(link, slots, writable=True)
+            views = map_views(link, slots, writable=True)
         elif answer.lease:
             granted = answer.status.count(b"g")
-            views = [memoryview(bytearray(n)) for n in protocol.spread(slots.lengths, granted)]
+            views = [memoryview(bytearray(n)) for n in packing.spread(slots.lengths, granted)]
         return self._hold(WriteLease(self, link, answer.lease, keys, answer.status, views))
 
     def acquire(self, namespace: Namespace, keys: Sequence[bytes], *, wait_s: float = 0.0) -> ReadLease:
@@ -130,15 +130,16 @@ class StoreClient:
         With `wait_s` it waits for keys that are being written now; a key that nobody has announced ends
         the hit at once.
         """
-        packed = protocol.pack_keys(keys)
+        packed = packing.pack_keys(keys)
+        packing.check_wait(wait_s)
         link = self._connected()
         reply = self._call(link, protocol.Acquire(link.handle(namespace), packed, wait_s), wait_s)
         answer = reply.answer
         assert isinstance(answer, protocol.Acquired)
         if link.shares_memory:
-            views = _views(link, answer.slots, writable=False)
+            views = map_views(link, answer.slots, writable=False)
         else:
-            views = _pieces(reply.payload, answer.slots.lengths)
+            views = split_payload(reply.payload, answer.slots.lengths)
         return self._hold(ReadLease(self, link, answer.lease, views, limited=answer.limited))
 
     def acquire_each(self, items: Sequence[tuple[Namespace, bytes]]) -> EachLease:
@@ -149,9 +150,9 @@ class StoreClient:
         answer = reply.answer
         assert isinstance(answer, protocol.Acquired)
         if link.shares_memory:
-            present = iter(_views(link, answer.slots, writable=False))
+            present = iter(map_views(link, answer.slots, writable=False))
         else:
-            present = iter(_pieces(reply.payload, answer.slots.lengths))
+            present = iter(split_payload(reply.payload, answer.slots.lengths))
         views = [next(present) if found else None for found in answer.found]
         return self._hold(EachLease(self, link, answer.lease, views, limited=answer.limited))
 
@@ -159,7 +160,7 @@ class StoreClient:
 
     def hit_length(self, namespace: Namespace, keys: Sequence[bytes]) -> HitLength:
         """How many leading keys are here, cumulative per medium. Pins nothing: acquire is the truth."""
-        packed = protocol.pack_keys(keys)
+        packed = packing.pack_keys(keys)
         link = self._connected()
         answer = self._call(link, protocol.HitLengthOf(link.handle(namespace), packed)).answer
         assert isinstance(answer, protocol.Hits)
@@ -180,7 +181,7 @@ class StoreClient:
         link = self._connected()
         answer = self._call(link, protocol.ListKeys(link.handle(namespace), cursor or 0)).answer
         assert isinstance(answer, protocol.Page)
-        keys = protocol.unpack_keys(answer.keys) if answer.lengths else []
+        keys = packing.unpack_keys(answer.keys) if answer.lengths else []
         return KeyPage(keys, answer.lengths, answer.after or None)
 
     def statistics(self) -> NodeStatistics:
@@ -232,7 +233,7 @@ class StoreClient:
 
     def remove(self, namespace: Namespace, keys: Sequence[bytes]) -> int:
         """Hide these blocks now, everywhere; how many were here. Pinned ones are freed at their release."""
-        packed = protocol.pack_keys(keys)
+        packed = packing.pack_keys(keys)
         link = self._connected()
         answer = self._call(link, protocol.Remove(link.handle(namespace), packed)).answer
         assert isinstance(answer, protocol.Count)
@@ -375,31 +376,8 @@ def copy(target: memoryview, source: memoryview) -> None:
     np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
-def _views(link: Link, slots: protocol.Slots, *, writable: bool) -> list[memoryview]:
-    offsets, lengths = slots.offsets, slots.lengths
-    if not offsets:
-        return []
-    if isinstance(slots.arenas, int):
-        memory = link.memory(slots.arenas, writable=writable)
-        if isinstance(lengths, int):
-            return [memory[offset : offset + lengths] for offset in offsets]
-        return [memory[o : o + n] for o, n in zip(offsets, lengths, strict=True)]
-    spread = zip(slots.arenas, offsets, protocol.spread(lengths, len(offsets)), strict=True)
-    return [link.memory(a, writable=writable)[o : o + n] for a, o, n in spread]
-
-
-def _pieces(payload: memoryview | None, lengths: int | Sequence[int]) -> list[memoryview]:
-    """The blocks of a payload that lie end to end; read-only, as those in shared memory are."""
-    if payload is None:
-        return []
-    sizes = [lengths] * (len(payload) // lengths) if isinstance(lengths, int) else lengths
-    ends = np.cumsum(sizes).tolist()
-    whole = payload.toreadonly()
-    return [whole[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-
-
 def _packed_items(link: Link, items: Sequence[tuple[Namespace, bytes]]) -> tuple[list[int], protocol.Keys]:
-    keys = protocol.pack_keys([key for _, key in items])
+    keys = packing.pack_keys([key for _, key in items])
     return [link.handle(namespace) for namespace, _ in items], keys
 
 

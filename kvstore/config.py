@@ -4,6 +4,7 @@ Every knob has a default that works on a laptop, but for the tiers: those are th
 """
 
 import difflib
+import ipaddress
 import os
 import re
 import socket
@@ -17,6 +18,7 @@ from kvstore.errors import ConfigError
 
 DEFAULT_HTTP: Final = "127.0.0.1:7400"
 _UNITS: Final = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_DIGITS_MAX: Final = 24
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)(KiB|MiB|GiB|TiB)|(\d+)")
 
 
@@ -28,10 +30,10 @@ def parse_size(value: Any, name: str = "size") -> int:
     """
     match = _SIZE.fullmatch(str(value))
     size = 0
-    if match is not None and not isinstance(value, bool | float):
+    if match is not None and not isinstance(value, bool | float) and len(str(value)) <= _DIGITS_MAX:
         number, unit, plain = match.groups()
         size = int(plain) if plain else int(float(number) * _UNITS[unit])
-    if size <= 0:
+    if not 0 < size < 1 << 60:
         raise ConfigError(
             f'{name} is {value!r}; give bytes as "4GiB", "512MiB" (KiB, MiB, GiB, TiB) or 1048576'
         )
@@ -103,6 +105,8 @@ class Config:
                 text = Path(self.token_file).read_text().strip()
             except OSError as exc:
                 raise ConfigError(f"token_file {self.token_file}: {exc.strerror}") from exc
+            except UnicodeDecodeError as exc:
+                raise ConfigError(f"token_file {self.token_file} is no text: {exc}") from exc
             if not text:
                 raise ConfigError(f"token_file {self.token_file} is empty; put the token into it")
             return text
@@ -119,10 +123,13 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:
     if path is not None:
         try:
             data = tomllib.loads(path.read_text())
-        except (OSError, tomllib.TOMLDecodeError) as exc:
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
             raise ConfigError(f"{path}: {exc}") from exc
     for key, value in overrides.items():
-        data[key] = {**data.get(key, {}), **value} if isinstance(value, Mapping) else value
+        below = data.get(key, {})
+        if isinstance(value, Mapping) and not isinstance(below, Mapping):
+            raise ConfigError(f"{key} is {below!r}; it is a section: write [{key}]")
+        data[key] = {**below, **value} if isinstance(value, Mapping) else value
     config = _build(Config, data, "")
     assert isinstance(config, Config)
     _validate(config)
@@ -178,14 +185,19 @@ def _validate(config: Config) -> None:
         raise ConfigError(f"log_level is {config.log_level!r}; give debug, info, warning or error")
     if bool(config.tls_certificate) != bool(config.tls_key):
         raise ConfigError("tls_certificate and tls_key go together; give both or none")
-    parse_endpoint(config.http, "http")
-    if config.data:
-        host, _ = parse_endpoint(config.data, "data")
-        if config.token is None and not _is_loopback(host):
+    if not Path(config.socket).name:
+        raise ConfigError(f"socket is {config.socket!r}; give the path of a file")
+    for name, address in (("http", config.http), ("data", config.data)):
+        if address and not _is_loopback(parse_endpoint(address, name)[0]) and config.token is None:
             raise ConfigError(
-                f"data is {config.data}, which is beyond loopback, and no token is set; give token_file"
+                f"{name} is {address}, which is beyond loopback, and no token is set; give token_file"
             )
 
 
 def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name may lead anywhere
+        return False

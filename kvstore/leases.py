@@ -10,6 +10,9 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
+import numpy as np
+
+from kvstore import packing, protocol
 from kvstore.errors import InvalidRequest, LeaseError
 from kvstore.link import Link
 
@@ -227,3 +230,27 @@ class WriteLease(Lease):
             LeaseError: the lease has ended.
         """
         self._end("abort")
+
+
+def map_views(link: Link, slots: protocol.Slots, *, writable: bool) -> list[memoryview]:
+    """The slots' bytes in the mapped arenas."""
+    offsets, lengths = slots.offsets, slots.lengths
+    if not offsets:
+        return []
+    if isinstance(slots.arenas, int):
+        memory = link.memory(slots.arenas, writable=writable)
+        if isinstance(lengths, int):
+            return [memory[offset : offset + lengths] for offset in offsets]
+        return [memory[o : o + n] for o, n in zip(offsets, lengths, strict=True)]
+    spread = zip(slots.arenas, offsets, packing.spread(lengths, len(offsets)), strict=True)
+    return [link.memory(a, writable=writable)[o : o + n] for a, o, n in spread]
+
+
+def split_payload(payload: memoryview | None, lengths: int | Sequence[int]) -> list[memoryview]:
+    """The blocks of a payload that lie end to end; read-only, as those in shared memory are."""
+    if payload is None:
+        return []
+    sizes = [lengths] * (len(payload) // lengths) if isinstance(lengths, int) else lengths
+    ends = np.cumsum(sizes).tolist()
+    whole = payload.toreadonly()
+    return [whole[end - size : end] for end, size in zip(ends, sizes, strict=True)]

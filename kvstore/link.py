@@ -10,6 +10,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Sequence
+from itertools import product
 from urllib.parse import urlsplit
 
 from kvstore import protocol
@@ -24,15 +25,15 @@ DEFAULT_PORT = 7401
 class Link:
     """One greeted connection. `shares_memory` says whether blocks are mapped, or copied over TCP."""
 
-    def __init__(self, address: str, channel: Channel, welcome: protocol.Welcome, timeout_s: float) -> None:
-        self._address = address
+    def __init__(self, channel: Channel, welcome: protocol.Welcome, timeout_s: float) -> None:
         self.channel = channel
         self.welcome = welcome
         self.timeout_s = timeout_s
         self.shares_memory = bool(welcome.arena_bytes)
         self._handles: dict[Namespace, int] = {}
         self._maps: dict[tuple[int, bool], Mapping] = {}
-        self._open_fds: set[int] = set()
+        self._descriptors: dict[tuple[int, bool], int] = {}  # of what is not mapped yet
+        self._populating: set[int] = set()  # descriptors of what is
         self._lock = threading.Lock()
         self._closing = threading.Event()
 
@@ -56,7 +57,16 @@ class Link:
         """
         channel = Channel(_dial(address, timeout_s, tls), timeout_s)
         welcome = _greet(channel, address, timeout_s, token, resume, held)
-        return cls(address, channel, welcome, timeout_s)
+        link = cls(channel, welcome, timeout_s)
+        # Now, while one thread has the channel to itself: a descriptor comes with the bytes of an answer, and
+        # later any thread may be reading those.
+        for arena, writable in product(range(len(welcome.arena_bytes)), (False, True)):
+            fd = channel.call(protocol.OpenArena(arena, writable), timeout_s, with_fd=True).fd
+            if fd is None:
+                link.close()
+                raise ProtocolError(f"the daemon at {address} sent no descriptor of arena {arena}")
+            link._descriptors[arena, writable] = fd
+        return link
 
     def handle(self, namespace: Namespace) -> int:
         """What stands for the namespace on this link."""
@@ -80,39 +90,27 @@ class Link:
         """End the connection. What is mapped stays for as long as somebody looks at it."""
         self._closing.set()
         self.channel.close()
+        with self._lock:
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
 
     def abandon_in_child(self) -> None:
         """In a forked child: keep neither socket nor memory."""
         self._closing.set()
         self.channel.abandon_in_child()
-        for fd in self._open_fds:
+        for fd in (*self._descriptors.values(), *self._populating):
             os.close(fd)
         for mapping in self._maps.values():
             mapping.forbid()
 
     def _map(self, arena: int, *, writable: bool) -> Mapping:
-        fd = self._descriptor(arena, writable=writable)
+        fd = self._descriptors.pop((arena, writable))
         size = self.welcome.arena_bytes[arena]
-        self._open_fds.add(fd)
         mapping = self._maps[arena, writable] = Mapping(fd, size, writable=writable)
+        self._populating.add(fd)
         name = f"kvstore-populate-{arena}"
         threading.Thread(target=self._populate, args=(mapping, fd), name=name, daemon=True).start()
         return mapping
-
-    def _descriptor(self, arena: int, *, writable: bool) -> int:
-        """Fetch the arena's descriptor over a connection of its own: it comes with the bytes of an answer,
-        and on the main one any thread may be reading those, which would have to look for it every time."""
-        channel = Channel(_dial(self._address, self.timeout_s, None), self.timeout_s)
-        try:
-            welcome = _greet(channel, self._address, self.timeout_s, None, (), ())
-            if welcome.epoch != self.welcome.epoch:
-                raise Unavailable(f"the daemon at {self._address} has restarted")
-            fd = channel.call(protocol.OpenArena(arena, writable), self.timeout_s, with_fd=True).fd
-        finally:
-            channel.close()
-        if fd is None:
-            raise ProtocolError(f"the daemon at {self._address} sent no descriptor of arena {arena}")
-        return fd
 
     def _populate(self, mapping: Mapping, fd: int) -> None:
         """Enter into our page tables what the daemon has populated, so that no copy pays for it."""
@@ -128,7 +126,7 @@ class Link:
                 else:
                     return  # an old kernel: the first copies are slower, that is all
         finally:
-            self._open_fds.discard(fd)
+            self._populating.discard(fd)
             os.close(fd)
 
 
@@ -168,7 +166,13 @@ def _greet(
 
 
 def _dial(address: str, timeout_s: float, tls: ssl.SSLContext | None) -> socket.socket:
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+        port = parts.port or DEFAULT_PORT
+    except ValueError as exc:
+        raise InvalidRequest(
+            f"address {address!r}; give unix:/path/to/node.sock or tcp://host:{DEFAULT_PORT} ({exc})"
+        ) from exc
     try:
         if parts.scheme == "unix" and parts.path:
             sock = socket.socket(socket.AF_UNIX)
@@ -180,9 +184,9 @@ def _dial(address: str, timeout_s: float, tls: ssl.SSLContext | None) -> socket.
                 raise
             return sock
         if parts.scheme == "tcp" and parts.hostname:
-            sock = socket.create_connection((parts.hostname, parts.port or DEFAULT_PORT), timeout_s)
+            sock = socket.create_connection((parts.hostname, port), timeout_s)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock if tls is None else tls.wrap_socket(sock, server_hostname=parts.hostname)
-    except OSError as exc:
+    except (OSError, UnicodeError) as exc:
         raise Unavailable(f"no daemon at {address}: {exc}; is `kvstore serve` running?") from exc
     raise InvalidRequest(f"address {address!r}; give unix:/path/to/node.sock or tcp://host:{DEFAULT_PORT}")

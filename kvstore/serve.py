@@ -18,7 +18,7 @@ from kvstore.metrics import exposition
 from kvstore.node.directory import Directory, TierDirectory
 from kvstore.node.http import HttpServer, health_app
 from kvstore.node.policy import POLICIES
-from kvstore.node.server import Limits, Server
+from kvstore.node.server import Limits, Server, clear_stale_socket
 from kvstore.node.store import Store
 from tiers.dram import DramTier
 
@@ -75,8 +75,8 @@ class Daemon:
                 host, port = parse_endpoint(self._config.data, "data")
                 try:
                     port = await self._server.listen_tcp(host, port, self._tls())
-                except OSError as exc:
-                    raise ConfigError(f"data address {self._config.data}: {exc.strerror or exc}") from exc
+                except (OSError, UnicodeError) as exc:
+                    raise ConfigError(f"data address {self._config.data}: {exc}") from exc
                 addresses.append(f"data={host}:{port}")
             self._server.start()
             await self._server.listen_unix(self._socket, mode=int(self._config.socket_mode, 8))
@@ -128,9 +128,10 @@ def _listen_http(address: str) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         sock.bind((host, port))
-    except OSError as exc:
+    except (OSError, UnicodeError) as exc:
         sock.close()
-        raise ConfigError(f"http address {address}: {exc.strerror or exc}; give another, or port 0") from exc
+        reason = getattr(exc, "strerror", None) or exc
+        raise ConfigError(f"http address {address}: {reason}; give another, or port 0") from exc
     return sock
 
 
@@ -140,7 +141,7 @@ def _endpoint(sock: socket.socket) -> str:
 
 
 def _next_epoch(path: Path) -> int:
-    """A number above that of every earlier start, kept in a file so that a clock set back cannot repeat it."""
+    """A number above that of every earlier start, kept in a file so that no clock set back repeats one."""
     last = 0
     with contextlib.suppress(OSError, ValueError):
         last = int(path.read_text())
@@ -166,6 +167,7 @@ def serve(config: Config) -> None:
     )
 
     async def main() -> None:
+        await clear_stale_socket(Path(config.socket))  # before anything that another daemon would notice
         await Daemon(config).run()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -74,6 +74,7 @@ class Connection(asyncio.BufferedProtocol):
         self._clock = asyncio.get_running_loop().time
         self._incomplete_since: float | None = None
         self._blocked_since: float | None = None
+        self._waiting_bytes = 0
         self._made_at = self._clock()
         self.failed = False
         self.bytes_received = self.bytes_sent = 0
@@ -82,8 +83,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        # With both limits 0 the transport says when it holds any byte, and when it holds none.
-        self._transport.set_write_buffer_limits(high=0, low=0)
+        # The transport says when it holds any byte, and when it holds none. Over TLS a limit counts as passed
+        # once it is reached, so that with 0 it would pause for good; there the bytes are copies anyway.
+        tls = transport.get_extra_info("ssl_object") is not None
+        self._transport.set_write_buffer_limits(high=1 if tls else 0, low=0)
         self._handler = self._accepted(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -115,11 +118,11 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._closing = True
         self._targets.clear()
+        while self._outgoing:
+            if (after := self._outgoing.popleft().after) is not None:
+                after()
         self._handler.lost()
-        for outgoing in self._outgoing:
-            if outgoing.after is not None:
-                outgoing.after()
-        self._outgoing.clear()
+        del self._handler  # which refers to this connection: without it both go at once
 
     def pause_writing(self) -> None:
         self._blocked = True
@@ -176,6 +179,10 @@ class Connection(asyncio.BufferedProtocol):
     def expire(self, limit_s: float, *, welcomed: bool) -> None:
         """End the connection if a frame, a hello or the taking of an answer is overdue."""
         before = self._clock() - limit_s
+        waiting = self._transport.get_write_buffer_size()
+        if waiting != self._waiting_bytes:  # slow, but it goes on
+            self._waiting_bytes = waiting
+            self._blocked_since = self._clock() if waiting else None
         if self._blocked_since is not None and self._blocked_since < before:
             self.failed = True
             self.abort()  # an error would not be taken either
@@ -205,6 +212,7 @@ class Connection(asyncio.BufferedProtocol):
                 return
             body = self._view[self._start + HEADER.size : self._start + size]
             self._start += size
+            self._incomplete_since = None  # what follows is another frame, with a time of its own
             targets = self._handler.received(request_id, body, payload_bytes)
             if payload_bytes:
                 self._targets.extend(target for target in targets if len(target))
@@ -213,6 +221,8 @@ class Connection(asyncio.BufferedProtocol):
                     return
         if self._start == self._end:
             self._start = self._end = 0
+            if len(self._buffer) > _BUFFER_BYTES and not self._closing:
+                self._compact(_BUFFER_BYTES)
 
     def _take_read_ahead(self) -> None:
         """Move what was read behind the body to where the payload belongs."""
@@ -277,3 +287,10 @@ class Connection(asyncio.BufferedProtocol):
         outgoing.chunks.clear()
         outgoing.fd = None
         return True
+
+
+def discarding(nbytes: int) -> list[memoryview]:
+    """Memory for bytes that nobody wants, the same piece again and again."""
+    scratch = memoryview(bytearray(min(nbytes, 1 << 16)))
+    whole, rest = divmod(nbytes, len(scratch))
+    return [scratch] * whole + [scratch[:rest]]

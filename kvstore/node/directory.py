@@ -261,6 +261,11 @@ class TierDirectory:
             return False, None
         return True, self._absent(block)
 
+    def all_blocks(self) -> list[Block]:
+        """Readable, pending and doomed ones."""
+        on_shelves = [b for s in self.shelves() for b in (*s.sealed.values(), *s.pending.values())]
+        return [*on_shelves, *self._doomed]
+
     def statistics(self) -> DirectoryStatistics:
         """What the tier holds now."""
         return DirectoryStatistics(
@@ -274,7 +279,7 @@ class TierDirectory:
 
     def check(self) -> list[str]:
         """Recount everything; each line says what is wrong, and no line that all is well."""
-        sealed = [b for s in self._shelves.values() for b in s.sealed.values()]
+        sealed = [b for s in self.shelves() for b in s.sealed.values()]
         pending = [b for s in self._shelves.values() for b in s.pending.values()]
         resident = {*sealed, *pending}
         children: dict[Block, int] = {}

@@ -1,8 +1,9 @@
 """Leases and who holds them. They say what is held, never free it: that is `Store`'s."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from kvstore.errors import InvalidRequest, LeaseError
 from kvstore.node.directory import Block, Shelf
 from tiers.base import Slot
 
@@ -36,6 +37,29 @@ class WriteLease:
         self.present: list[Block] = []
         self.block_bytes = 0
         self.orphans: list[Slot] = []
+
+    def chosen(self, indices: Iterable[int] | None) -> list[tuple[int, Block]]:
+        """The blocks that are not committed, all or those at `indices`, each with its index.
+
+        Raises:
+            LeaseError: the lease has ended with its connection, or a block was committed before.
+            InvalidRequest: there is no such index.
+        """
+        if self.orphans:
+            raise LeaseError(f"write lease {self.id} ended with its connection; reserve again")
+        if indices is None:
+            return [(index, block) for index, block in enumerate(self.open) if block is not None]
+        chosen = []
+        for index in sorted(set(indices)):
+            if not 0 <= index < len(self.open):
+                raise InvalidRequest(
+                    f"commit of index {index} in write lease {self.id}; it has 0 to {len(self.open) - 1}"
+                )
+            block = self.open[index]
+            if block is None:
+                raise LeaseError(f"index {index} of write lease {self.id} is committed already")
+            chosen.append((index, block))
+        return chosen
 
 
 @dataclass(slots=True)

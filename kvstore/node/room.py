@@ -42,7 +42,7 @@ class Room:
     """Gives out the slots of a tier.
 
     `evicted` collects the blocks that have left since `begin`; the caller announces them before it tells
-    anyone of the slots. `debug` poisons freed slots and uses them again as late as it can, so that whoever
+    anyone of the slots. `late_bytes` are in freed slots that debug holds back. `debug` poisons freed slots and uses them again as late as it can, so that whoever
     reads after release or writes after commit is found.
     """
 
@@ -51,7 +51,7 @@ class Room:
         self._directory = directory
         self._debug = debug
         self._late: deque[Slot] = deque()  # freed slots that debug holds back
-        self._late_bytes = 0
+        self.late_bytes = 0
         self._populated = False
         self.evicted: list[Block] = []
         self._move_bytes_left = self._steps_left = 0
@@ -82,8 +82,8 @@ class Room:
         self._tier.poison(slot)
         slot.owner = self
         self._late.append(slot)
-        self._late_bytes += slot.length
-        while self._late_bytes > self._tier.capacity_bytes // 8:
+        self.late_bytes += slot.length
+        while self.late_bytes > self._tier.capacity_bytes // 8:
             self._free_oldest()
 
     def grow(self, ready_bytes: int) -> None:
@@ -114,7 +114,7 @@ class Room:
 
     def _free_oldest(self) -> None:
         slot = self._late.popleft()
-        self._late_bytes -= slot.length
+        self.late_bytes -= slot.length
         self._tier.free(slot)
 
     # Evicting.

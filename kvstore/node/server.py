@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 # A frame must be complete, and a sent byte taken, within this time; so must hello.
 FRAME_TIMEOUT_S: Final = 5.0
+_SOCKET_PATH_BYTES_MAX: Final = 107
 _TICK_S: Final = 0.02
 
 
@@ -75,16 +76,15 @@ class Server:
         """Listen on a unix socket. The file appears only once connections are accepted.
 
         Raises:
-            ConfigError: another daemon listens there, or the path is taken by something else.
+            ConfigError: the path cannot be made into a socket.
         """
-        await _clear_stale(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        hidden = path.with_name(f".{path.name}.{os.getpid()}")
+        hidden = path.with_name(f".{os.getpid()}")
         sock = socket.socket(socket.AF_UNIX)
         try:
             sock.bind(str(hidden))
         except OSError as exc:
-            raise ConfigError(f"socket {path}: {exc.strerror or exc}; a path has at most 107 bytes") from exc
+            raise ConfigError(f"socket {path}: {exc.strerror or exc}; give another path") from exc
         hidden.chmod(mode)
         loop = asyncio.get_running_loop()
         self._servers.append(
@@ -200,9 +200,17 @@ class Server:
         self._tick = asyncio.get_running_loop().call_later(_TICK_S, self._watch, time.monotonic() + _TICK_S)
 
 
-async def _clear_stale(path: Path) -> None:
-    """Remove a socket that nobody listens on."""
-    with contextlib.suppress(FileNotFoundError):
+async def clear_stale_socket(path: Path) -> None:
+    """Remove a socket that nobody listens on.
+
+    Raises:
+        ConfigError: another daemon listens there, or the path is taken by something else.
+    """
+    if len(os.fsencode(path)) > _SOCKET_PATH_BYTES_MAX:
+        raise ConfigError(
+            f"socket {path}: a path has at most {_SOCKET_PATH_BYTES_MAX} bytes; give a shorter one"
+        )
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise ConfigError(f"socket {path} is taken by a file that is no socket; give another path")
         try:

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, Protocol
 
-from kvstore import protocol
+from kvstore import packing, protocol
 from kvstore.block import Namespace
 from kvstore.errors import (
     InvalidRequest,
@@ -20,11 +20,11 @@ from kvstore.errors import (
     ProtocolError,
     Unauthorized,
 )
-from kvstore.node.connection import Connection
+from kvstore.node.connection import Connection, discarding
 from kvstore.node.directory import Shelf
 from kvstore.node.lease import Grant, Holder, ReadLease
 from kvstore.node.store import Store
-from kvstore.protocol import BODY_BYTES_MAX, HELLO_BYTES_MAX, LIST_PAGE_MAX, WAIT_S_MAX, frame
+from kvstore.protocol import BODY_BYTES_MAX, HELLO_BYTES_MAX, LIST_PAGE_MAX, frame
 from kvstore.statistics import NodeStatistics
 from tiers.base import Slot
 
@@ -108,6 +108,10 @@ class Session:
     def received(self, request_id: int, body: memoryview, payload_bytes: int) -> Sequence[memoryview]:
         request = protocol.decode_request(body)
         if not self.welcomed:
+            if payload_bytes:
+                raise ProtocolError(
+                    f"{payload_bytes} bytes of payload after {type(request).__name__}; give none"
+                )
             self._greet(request_id, request)
             return ()
         if payload_bytes:
@@ -136,6 +140,7 @@ class Session:
     def lost(self) -> None:
         for task in self._tasks:
             task.cancel()
+        self._verbs = {}  # they refer to this session: without them it goes at once
         self._host.leave(self)
 
     # Hello.
@@ -163,7 +168,8 @@ class Session:
                 raise Unauthorized("the token is wrong; give the daemon's token")
             self._welcome(request_id, self._hello)
         else:
-            raise ProtocolError(f"{type(request).__name__} before Hello; begin with Hello")
+            due = "Hello" if self._hello is None else "Proof"
+            raise ProtocolError(f"{type(request).__name__} before {due}; send {due} first")
 
     def _welcome(self, request_id: int, hello: protocol.Hello) -> None:
         self.welcomed = True
@@ -208,9 +214,9 @@ class Session:
 
     def _reserve(self, request_id: int, request: protocol.Reserve) -> protocol.Answer | None:
         shelf = self._shelf(request.namespace)
-        keys = protocol.unpack_keys(request.keys)
-        lengths = protocol.spread(request.lengths, len(keys))
-        wait_s = _checked_wait(request.wait_s)
+        keys = packing.unpack_keys(request.keys)
+        lengths = packing.spread(request.lengths, len(keys))
+        wait_s = packing.check_wait(request.wait_s)
         arguments = {"parent": request.parent, "tokens": request.tokens}
         grant = self._store.reserve(self.holder, shelf, keys, lengths, **arguments)
         if wait_s == 0 or b"r" not in grant.status:
@@ -268,7 +274,7 @@ class Session:
         except KVStoreError as failed:
             error = failed
         self._committing = (request_id, request, error)
-        return views if error is None else _discard(payload_bytes)
+        return views if error is None else discarding(payload_bytes)
 
     def _expire_later(self, lease_id: int) -> None:
         """Nobody maps these slots, so a writer that forgets them, or is cut off, loses them in time."""
@@ -284,8 +290,8 @@ class Session:
 
     def _acquire(self, request_id: int, request: protocol.Acquire) -> protocol.Answer | None:
         shelf = self._shelf(request.namespace)
-        keys = protocol.unpack_keys(request.keys)
-        wait_s = _checked_wait(request.wait_s)
+        keys = packing.unpack_keys(request.keys)
+        wait_s = packing.check_wait(request.wait_s)
         if wait_s == 0 or next((key for key in keys if key not in shelf.sealed), None) not in shelf.pending:
             return self._acquired(request_id, self._store.acquire(self.holder, shelf, keys))
 
@@ -328,7 +334,7 @@ class Session:
         return protocol.Done()
 
     def _hit_length(self, _: int, request: protocol.HitLengthOf) -> protocol.Answer:
-        keys = protocol.unpack_keys(request.keys)
+        keys = packing.unpack_keys(request.keys)
         hits = self._store.hit_length([self._shelf(request.namespace)], keys)
         return protocol.Hits(hits.gpu, hits.dram, hits.nvme, hits.remote)
 
@@ -336,14 +342,14 @@ class Session:
         return protocol.Found(self._store.hit_each(self._items(request)))
 
     def _remove(self, _: int, request: protocol.Remove) -> protocol.Answer:
-        keys = protocol.unpack_keys(request.keys)
+        keys = packing.unpack_keys(request.keys)
         return protocol.Count(self._store.remove(self._shelf(request.namespace), keys))
 
     def _list(self, _: int, request: protocol.ListKeys) -> protocol.Answer:
         entries, after = self._store.page(self._shelf(request.namespace), request.after, LIST_PAGE_MAX)
         if not entries:
             return protocol.Page(protocol.Keys(b"", []), [], 0)
-        keys = protocol.pack_keys([key for key, _ in entries])
+        keys = packing.pack_keys([key for key, _ in entries])
         return protocol.Page(keys, [length for _, length in entries], after or 0)
 
     # Helpers.
@@ -377,25 +383,12 @@ class Session:
         return self._shelves[handle]
 
     def _items(self, request: protocol.AcquireEach | protocol.HitEach) -> list[tuple[Shelf, bytes]]:
-        keys = protocol.unpack_keys(request.keys)
-        handles = protocol.spread(request.namespaces, len(keys))
+        keys = packing.unpack_keys(request.keys)
+        handles = packing.spread(request.namespaces, len(keys))
         return [(self._shelf(handle), key) for handle, key in zip(handles, keys, strict=True)]
 
     def _slots(self, slots: Sequence[Slot], lengths: Sequence[int]) -> protocol.Slots:
         if not self.holder.maps:
-            return protocol.Slots(0, [], protocol.gather(lengths))
+            return protocol.Slots(0, [], packing.gather(lengths))
         arena = self._store.tier.arena
-        return protocol.Slots(arena, [slot.offset for slot in slots], protocol.gather(lengths))
-
-
-def _checked_wait(wait_s: float) -> float:
-    if not 0 <= wait_s <= WAIT_S_MAX:
-        raise InvalidRequest(f"wait_s is {wait_s}; give 0 to {WAIT_S_MAX} seconds")
-    return wait_s
-
-
-def _discard(nbytes: int) -> list[memoryview]:
-    """Memory for bytes that nobody wants, the same piece again and again."""
-    scratch = memoryview(bytearray(min(nbytes, 1 << 16)))
-    whole, rest = divmod(nbytes, len(scratch))
-    return [scratch] * whole + [scratch[:rest]]
+        return protocol.Slots(arena, [slot.offset for slot in slots], packing.gather(lengths))

@@ -7,12 +7,13 @@ locks. A verb that waits (`wait_s > 0`) decides again after each wake-up.
 import asyncio
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from typing import Protocol
 
 from kvstore.block import HitLength
 from kvstore.errors import InvalidRequest, LeaseError
+from kvstore.node.audit import audit
 from kvstore.node.directory import Block, Directory, Shelf, State
 from kvstore.node.lease import Grant, Holder, ReadLease, WriteLease
 from kvstore.node.room import Room
@@ -146,7 +147,7 @@ class Store:
             LeaseError: the lease is not the holder's or has ended, or a block was committed before.
         """
         lease = self._write_lease(holder, lease_id)
-        chosen = self._open(lease, indices)
+        chosen = lease.chosen(indices)
         blocks = [block for _, block in chosen]
         self._dram.seal(blocks)
         present = [block for block in lease.present if block.state is State.SEALED]
@@ -171,7 +172,7 @@ class Store:
         """
         return [
             self.tier.view(block.slot)[: block.length]
-            for _, block in self._open(self._write_lease(holder, lease_id), indices)
+            for _, block in self._write_lease(holder, lease_id).chosen(indices)
         ]
 
     def abort(self, holder: Holder, lease_id: int) -> None:
@@ -332,21 +333,13 @@ class Store:
         self.counters.moved_blocks, self.counters.moved_bytes = room.moved_blocks, room.moved_bytes
         return [TierState(**asdict(tier), **asdict(self._dram.statistics()))]
 
-    def check(self, holders: Iterable[Holder] = ()) -> list[str]:
+    def check(self, holders: Collection[Holder] = ()) -> list[str]:
         """Recount everything; each line says what is wrong. Takes 1 us a block, on the event loop."""
-        wrong = [*self.directory.check(), *self.tier.check()]
-        slots: dict[int, Slot] = {}
-        for shelf in self._dram.shelves():
-            for block in (*shelf.sealed.values(), *shelf.pending.values()):
-                if block.slot.owner is not block or block.slot.length < block.length:
-                    wrong.append(f"{block} and its slot {block.slot} do not belong together")
-                if slots.setdefault(block.slot.offset, block.slot) is not block.slot:
-                    wrong.append(f"{block} shares its slot with another block")
-        for holder in holders:
-            pinned = sum(lease.block_bytes for lease in holder.reads.values())
-            if pinned != holder.pinned_bytes:
-                wrong.append(f"{holder.name}: {holder.pinned_bytes} bytes pinned counted, {pinned} found")
-        return wrong
+        return [
+            *self.directory.check(),
+            *self.tier.check(),
+            *audit(self._dram, self.tier, holders, self._room.late_bytes),
+        ]
 
     # Helpers, in the order of the above.
 
@@ -395,24 +388,6 @@ class Store:
         if lease is None:
             raise LeaseError(f"write lease {lease_id} is not held by this connection; it may have ended")
         return lease
-
-    def _open(self, lease: WriteLease, indices: Iterable[int] | None) -> list[tuple[int, Block]]:
-        """The blocks of a write lease that are not committed, all or those at `indices`."""
-        if lease.orphans:
-            raise LeaseError(f"write lease {lease.id} ended with its connection; reserve again")
-        if indices is None:
-            return [(index, block) for index, block in enumerate(lease.open) if block is not None]
-        chosen = []
-        for index in sorted(set(indices)):
-            if not 0 <= index < len(lease.open):
-                raise InvalidRequest(
-                    f"commit of index {index} in write lease {lease.id}; it has 0 to {len(lease.open) - 1}"
-                )
-            block = lease.open[index]
-            if block is None:
-                raise LeaseError(f"index {index} of write lease {lease.id} is committed already")
-            chosen.append((index, block))
-        return chosen
 
     def _end_write(self, holder: Holder, lease: WriteLease, *, keep_slots: bool) -> None:
         """Abort what is open: the one way in which aborts, lost clients and shutdown end a write."""

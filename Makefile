@@ -1,0 +1,39 @@
+# Every target sets up what it needs, into .venv; nothing else is touched. PYTHON is any Python >= 3.11.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+SHELL := /bin/bash
+
+.PHONY: run test demo bench lint clean
+
+run: $(VENV)/.daemon
+	@echo "Try it from another terminal:"
+	@echo "  echo hello | $(BIN)/kvstore put greeting - --model demo"
+	@echo "  $(BIN)/kvstore get greeting --model demo"
+	@echo "  $(BIN)/kvstore stats; curl http://127.0.0.1:7400/metrics"
+	@echo "Ctrl-C stops it."
+	$(BIN)/kvstore serve --dram 1GiB
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.demo
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV)
+
+# One stamp for each extra that is installed; `test` holds all others.
+$(VENV)/.%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed"'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@

@@ -1,0 +1,1 @@
+"""Our figures beside physical limits and peers: `python -m benchmarks NAME`. Not part of the distribution."""

@@ -1,0 +1,46 @@
+"""The store's daemon as a child process. It starts and stops; what it says is not looked at."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+_READY_WITHIN_S: Final = 30.0
+_STOPPED_WITHIN_S: Final = 10.0
+
+
+@contextmanager
+def running_daemon(socket: Path, dram: str) -> Iterator[None]:
+    """A daemon that listens on `socket`, until the block ends; then SIGTERM, as an operator would.
+
+    Raises:
+        SystemExit: it did not come up, or did not end well.
+    """
+    command = [sys.executable, "-m", "kvstore", "serve"]
+    command += ["--dram", dram, "--socket", str(socket), "--http", "127.0.0.1:0"]
+    daemon = subprocess.Popen(command)
+    try:
+        _wait_until_ready(daemon, socket)
+        yield
+        daemon.send_signal(signal.SIGTERM)
+        if (status := daemon.wait(_STOPPED_WITHIN_S)) != 0:
+            raise SystemExit(f"the daemon ended with status {status}")
+    except subprocess.TimeoutExpired as exc:
+        raise SystemExit(f"the daemon did not end within {_STOPPED_WITHIN_S:.0f} s of SIGTERM") from exc
+    finally:
+        daemon.kill()
+        daemon.wait()
+
+
+def _wait_until_ready(daemon: subprocess.Popen[bytes], socket: Path) -> None:
+    deadline = time.monotonic() + _READY_WITHIN_S
+    while not socket.exists():
+        if daemon.poll() is not None:
+            raise SystemExit(f"the daemon ended with status {daemon.returncode} before it listened")
+        if time.monotonic() > deadline:
+            raise SystemExit(f"the daemon does not listen on {socket} after {_READY_WITHIN_S:.0f} s")
+        time.sleep(0.02)

@@ -1,0 +1,135 @@
+"""The benchmarks run, say what they ran beside, and judge as they promise. Their figures are not tested."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.harness import Limit, Row, Target, interleaved, judge
+from benchmarks.peers import PEER_TO_INSTALL
+from benchmarks.peers.base import WorkingSet, filled_buffer
+
+ROOT = Path(__file__).parent.parent
+
+
+def row(case: str, ours: float, limit: float, *, better: Any = "higher", **peers: float) -> Row:
+    return Row("node", case, "GB/s", better, ours, Limit("memcpy", limit), peers)
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """What `node --quick` writes and prints where no peer is installed."""
+    directory = tmp_path_factory.mktemp("benchmarks")
+    for package in ("redis", "mooncake"):
+        (directory / f"{package}.py").write_text(f"raise ImportError('no {package} here')")
+    output = directory / "rows.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "node", "--quick", "--json", str(output)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(directory)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout
+    return json.loads(output.read_text()), done.stdout
+
+
+def test_rows_have_figures_limits_and_units(quick_run: tuple[dict[str, Any], str]) -> None:
+    contents, _ = quick_run
+    cases = {row["case"]: row for row in contents["rows"]}
+    assert {f"{verb} 2MiB" for verb in ("put batch", "get batch", "put single", "get single")} <= set(cases)
+    for found in cases.values():
+        assert set(found) == {"bench", "case", "unit", "better", "ours", "limit", "peers"}
+        assert found["bench"] == "node"
+        assert found["better"] in ("higher", "lower")
+        assert found["ours"] > 0
+        assert set(found["limit"]) == {"name", "value"}
+        assert found["limit"]["value"] > 0
+        assert found["peers"] == {}
+
+
+def test_a_file_says_where_and_when_it_was_measured(quick_run: tuple[dict[str, Any], str]) -> None:
+    contents, _ = quick_run
+    assert contents["quick"] is True
+    assert contents["date"]
+    assert contents["machine"]["cpu"]
+    assert "core" in contents["captions"]["node"]
+    assert "python" in contents["versions"]
+
+
+def test_missing_peers_are_named_with_a_remedy(quick_run: tuple[dict[str, Any], str]) -> None:
+    contents, printed = quick_run
+    assert set(contents["missing"]) == set(PEER_TO_INSTALL)
+    for name in PEER_TO_INSTALL:
+        assert f"{name} is missing" in printed
+    assert "pip install" in printed
+
+
+def test_a_missing_peer_leaves_its_targets_unmeasured(quick_run: tuple[dict[str, Any], str]) -> None:
+    contents, _ = quick_run
+    targets = contents["targets"]["node"]
+    beside = [target for target in targets if "mooncake" in target["wanted"] or "redis" in target["wanted"]]
+    assert beside
+    assert all(target["met"] is None for target in beside)
+    assert all(target["met"] is not None for target in targets if target not in beside)
+
+
+def test_an_unknown_benchmark_is_refused() -> None:
+    command = [sys.executable, "-m", "benchmarks", "nothing"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "no benchmark nothing" in done.stderr
+
+
+def test_rounds_are_interleaved_and_the_first_is_not_counted() -> None:
+    calls: list[str] = []
+
+    def sampler(name: str) -> int:
+        calls.append(name)
+        return len(calls)
+
+    taken = interleaved({"a": lambda: sampler("a"), "b": lambda: sampler("b")}, rounds=2)
+    assert calls == ["a", "b", "b", "a", "a", "b"]
+    assert taken == {"a": [4, 5], "b": [3, 6]}
+
+
+def test_a_ratio_above_one_is_better_whichever_way_the_unit_points() -> None:
+    assert row("x", 12.0, 10.0).times(10.0) == pytest.approx(1.2)
+    assert row("x", 10.0, 12.0, better="lower").times(12.0) == pytest.approx(1.2)
+
+
+def test_targets_are_judged_per_row_and_as_a_mean() -> None:
+    rows = [row("fast", 9.0, 10.0, peer=8.0), row("slow", 8.0, 10.0, peer=9.0)]
+    verdicts = judge(
+        rows,
+        [
+            Target(("fast", "slow", "not measured"), "limit", 0.9),
+            Target(("fast", "slow"), "peer", 1.0, mean=True),
+            Target(("fast", "slow"), "absent", 1.0, mean=True),
+            Target(("fast",), None, 9.5),
+        ],
+    )
+    assert [verdict.met for verdict in verdicts] == [True, False, True, None, False]
+
+
+def test_blocks_use_a_small_buffer_again() -> None:
+    source = filled_buffer(4096)
+    work = WorkingSet.of("x", 6, 1024, source, source[:0])
+    assert [work.offset(number) for number in range(6)] == [0, 1024, 2048, 3072, 0, 1024]
+    assert len(set(work.keys)) == 6
+    assert work.slices(source)[4].tobytes() == source[:1024].tobytes()
+
+
+def test_batches_cover_every_block_once_and_stay_small() -> None:
+    source = filled_buffer(4096)
+    work = WorkingSet.of("x", 200, 4096, source, source[:0])
+    assert [number for batch in work.batches() for number in batch] == list(range(200))
+    big = WorkingSet(work.keys, 32 << 20, source, source)
+    assert max(map(len, big.batches())) == 4

@@ -1,0 +1,248 @@
+"""The configuration: sizes and addresses, unknown keys, wrong types, and flags before the file."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvstore.config import Config, DramConfig, LimitsConfig, default_socket, load, parse_endpoint, parse_size
+from kvstore.errors import ConfigError
+
+DRAM = {"dram": {"capacity": "4MiB"}}
+
+
+@pytest.fixture(autouse=True)
+def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests may have one."""
+    monkeypatch.delenv("KVSTORE_TOKEN", raising=False)
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "node.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("value", "size"),
+    [
+        ("4GiB", 4 << 30),
+        ("512MiB", 512 << 20),
+        ("1KiB", 1024),
+        ("2TiB", 2 << 40),
+        ("1.5GiB", 3 << 29),
+        ("1048576", 1048576),
+        (1048576, 1048576),
+    ],
+)
+def test_sizes_are_bytes_or_numbers_with_a_binary_unit(value: str | int, size: int) -> None:
+    assert parse_size(value) == size
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(
+            "4GB",
+            "4 giB",
+            "4 GiB",
+            "4gib",
+            "4G",
+            "GiB",
+            "",
+            " ",
+            "-1",
+            "-1GiB",
+            "0",
+            "0GiB",
+            "0.0001KiB",
+            "1e9",
+        ),
+        *("1.5", "1.GiB", ".5GiB", "4GiB ", "4GiB\n", "0x10", "1_000", "inf", "nan", "infGiB"),
+        *(0, -1, 1.5, True, False, None, [], {}, float("inf")),
+        *("9" * 400 + "GiB", "9" * 5000, "9" * 5000 + "GiB"),
+    ],
+    ids=lambda value: repr(value)[:12],
+)
+def test_any_other_size_is_an_error_that_names_it_and_shows_a_right_one(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r'dram\.capacity is .*; give bytes as "4GiB", "512MiB"') as caught:
+        parse_size(value, "dram.capacity")
+    assert repr(value)[:100] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "endpoint"),
+    [
+        ("127.0.0.1:7400", ("127.0.0.1", 7400)),
+        ("[::1]:0", ("::1", 0)),
+        ("localhost:65535", ("localhost", 65535)),
+    ],
+)
+def test_an_address_is_a_host_and_a_port(value: str, endpoint: tuple[str, int]) -> None:
+    assert parse_endpoint(value) == endpoint
+
+
+@pytest.mark.parametrize(
+    "value", ["", "7400", ":7400", "host", "host:", "host:port", "host:65536", "host:-1", "[]:1", 7400, None]
+)
+def test_any_other_address_is_an_error_that_names_it(value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_endpoint(value, "http")
+    assert str(caught.value) == f'http is {value!r}; give HOST:PORT, as "127.0.0.1:7400"'
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown", "nearest"),
+    [
+        ('sokcet = "/x"', "sokcet", "socket"),
+        ('htpp = "127.0.0.1:1"', "htpp", "http"),
+        ('[dram]\ncapcity = "4GiB"', "dram.capcity", "dram.capacity"),
+        ("[limit]\nclients = 1", "limit", "limits"),
+        ("[limits]\nclient_pinned = 0.5", "limits.client_pinned", "limits.client_pinned_fraction"),
+        ('"" = 1', "", ""),
+    ],
+)
+def test_an_unknown_key_is_an_error_that_names_the_nearest(
+    tmp_path: Path, text: str, unknown: str, nearest: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(written(tmp_path, text), DRAM)
+    assert f"unknown configuration key {unknown}; the nearest known one is {nearest}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("socket = 5", "socket is 5; give a str, as "),
+        ("http = true", "http is True; give a str, as '127.0.0.1:7400'"),
+        ("node = []", "node is []; give a str, as "),
+        ("[limits]\nclients = 1.5", "limits.clients is 1.5; give a int, as 4096"),
+        ("[limits]\nclients = true", "limits.clients is True; give a int, as 4096"),
+        (
+            '[limits]\nclient_pinned_fraction = "half"',
+            "limits.client_pinned_fraction is 'half'; give a float",
+        ),
+        ("[dram]\npolicy = 1", "dram.policy is 1; give a str, as 'lru'"),
+        ("[dram]\ncapacity = true", "dram.capacity is True; give bytes as"),
+        ("[dram]\ncapacity = 1.5", "dram.capacity is 1.5; give bytes as"),
+        ('[dram]\ncapacity = "4GB"', "dram.capacity is '4GB'; give bytes as"),
+        ('dram = "4GiB"', "dram is '4GiB'; it is a section: write [dram]"),
+        ("limits = 3", "limits is 3; it is a section: write [limits]"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_an_error_that_names_it(tmp_path: Path, text: str, message: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load(path, {} if "dram" in text else DRAM)
+    assert message in str(caught.value)
+
+
+def test_a_flag_beside_a_section_that_is_none_is_the_same_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="dram is '4GiB'; it is a section"):
+        load(written(tmp_path, 'dram = "4GiB"'), DRAM)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dram": {"policy": "mru"}}, "dram.policy is 'mru'; give lru or fifo"),
+        ({"limits": {"client_pinned_fraction": 0}}, "limits.client_pinned_fraction is 0.0; give more than 0"),
+        ({"limits": {"client_reserved_fraction": 1.1}}, "limits.client_reserved_fraction is 1.1; give more"),
+        ({"limits": {"client_pinned_fraction": float("nan")}}, "limits.client_pinned_fraction is nan; give"),
+        ({"limits": {"clients": 0}}, "limits.clients is 0; give 1 or more"),
+        ({"socket_mode": "rw"}, "socket_mode is 'rw'; give three octal digits, as 0660"),
+        ({"socket_mode": "0888"}, "socket_mode is '0888'; give three octal digits, as 0660"),
+        ({"log_level": "loud"}, "log_level is 'loud'; give debug, info, warning or error"),
+        ({"tls_key": "key.pem"}, "tls_certificate and tls_key go together; give both or none"),
+        ({"tls_certificate": "cert.pem"}, "tls_certificate and tls_key go together; give both or none"),
+        ({"http": "7400"}, "http is '7400'; give HOST:PORT"),
+        ({"data": "7401"}, "data is '7401'; give HOST:PORT"),
+        ({"data": "0.0.0.0:7401"}, "data is 0.0.0.0:7401, which is beyond loopback, and no token is set"),
+        ({"data": "127.example.org:7401"}, "data is 127.example.org:7401, which is beyond loopback"),
+        ({"data": "localhost.example.org:7401"}, "which is beyond loopback, and no token is set"),
+    ],
+)
+def test_a_value_out_of_range_is_an_error_that_names_it_and_the_limit(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(None, {**settings, "dram": {"capacity": "4MiB", **settings.get("dram", {})}})
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "[::1]"])
+def test_loopback_wants_no_token(host: str) -> None:
+    assert load(None, {**DRAM, "data": f"{host}:0"}).token is None
+
+
+def test_a_token_opens_the_way_beyond_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "token").write_text("secret\n")
+    config = load(None, {**DRAM, "data": "0.0.0.0:7401", "token_file": str(tmp_path / "token")})
+    assert config.token == "secret"
+    monkeypatch.setenv("KVSTORE_TOKEN", "other")
+    assert load(None, {**DRAM, "data": "0.0.0.0:7401"}).token == "other"
+    assert config.token == "secret"
+    assert "secret" not in repr(config)
+
+
+def test_a_token_file_that_holds_none_is_an_error(tmp_path: Path) -> None:
+    data = {**DRAM, "data": "0.0.0.0:7401"}
+    missing, empty, binary = tmp_path / "missing", tmp_path / "empty", tmp_path / "binary"
+    empty.write_text("\n")
+    binary.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"token_file .*missing: No such file or directory"):
+        load(None, {**data, "token_file": str(missing)})
+    with pytest.raises(ConfigError, match=r"token_file .*empty is empty; put the token into it"):
+        load(None, {**data, "token_file": str(empty)})
+    with pytest.raises(ConfigError, match=r"token_file .*binary"):
+        load(None, {**data, "token_file": str(binary)})
+
+
+def test_flags_go_before_the_file_and_the_file_before_defaults(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        'node = "from-file"\nhttp = "127.0.0.1:1"\n'
+        '[dram]\ncapacity = "8MiB"\npolicy = "fifo"\n[limits]\nclients = 7\nclient_pinned_fraction = 1\n',
+    )
+    config = load(path, {"http": "127.0.0.1:2", "dram": {"capacity": "4MiB"}})
+    assert config.http == "127.0.0.1:2"
+    assert config.dram == DramConfig("4MiB", "fifo")
+    assert config.dram.capacity_bytes == 4 << 20
+    assert config.node == "from-file"
+    assert config.limits == LimitsConfig(client_pinned_fraction=1.0, clients=7)
+    assert config.socket == default_socket()
+    assert load(None, DRAM) == Config(dram=DramConfig("4MiB"))
+
+
+def test_a_node_without_a_tier_is_an_error_that_says_how_to_get_one(tmp_path: Path) -> None:
+    for path in (None, written(tmp_path, 'node = "a"\n')):
+        with pytest.raises(ConfigError, match="no tier is configured; give --dram 4GiB"):
+            load(path, {})
+    assert load(written(tmp_path, "[dram]\n"), {}).dram == DramConfig()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"node = ", b"[dram", b"a = 1\na = 2", b'node = "\xff\xfe"', b"\x00", b"dram.capacity = 1\ndram = 2"],
+)
+def test_a_file_that_is_no_toml_is_an_error_that_names_it(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "node.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=str(path)):
+        load(path, DRAM)
+
+
+def test_a_file_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing.toml", tmp_path):
+        with pytest.raises(ConfigError, match=str(path)):
+            load(path, DRAM)
+
+
+def test_the_socket_lies_where_its_user_may_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+    assert default_socket() == "/run/user/1000/kvstore/node.sock"
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert default_socket() == "/tmp/kvstore-1000/kvstore/node.sock"
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert default_socket() == "/run/kvstore/node.sock"

@@ -1,0 +1,245 @@
+"""Health, metrics, and the daemon's start and end as an operator sees them."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from kvstore import protocol
+from kvstore.block import Namespace
+from kvstore.client import StoreClient
+from kvstore.errors import ProtocolError, Unavailable
+from kvstore.statistics import NodeStatistics, StoreCounters, TierState
+from tests.node import Node, RawConnection, wait_for
+
+
+def get(node: Node, path: str) -> tuple[int, str]:
+    """Status and body."""
+    try:
+        with urllib.request.urlopen(f"http://{node.endpoint('http')}{path}", timeout=10) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def metrics(node: Node) -> dict[str, float]:
+    """Samples of /metrics by name and labels."""
+    status, text = get(node, "/metrics")
+    assert status == 200
+    return {
+        name: float(value) for name, value in re.findall(r"^(kvstore_\S+) (\S+)$", text, flags=re.MULTILINE)
+    }
+
+
+def serve(node: Node, **changed: str) -> subprocess.CompletedProcess[str]:
+    """A second daemon that is to fail, with some flags of its own."""
+    flags = {"dram": "4MiB", "socket": str(node.folder / "second.sock"), "http": "127.0.0.1:0", **changed}
+    command = [sys.executable, "-m", "kvstore", "serve"]
+    for flag, value in flags.items():
+        command += [f"--{flag}", value]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "kvstore ready" not in done.stdout
+    return done
+
+
+def test_health_says_that_it_lives_and_is_ready(node: Node) -> None:
+    assert get(node, "/healthz") == (200, "ok\n")
+    assert get(node, "/readyz") == (200, "ready\n")
+
+
+def test_nothing_else_is_served(node: Node) -> None:
+    for path in ("/", "/docs", "/openapi.json", "/metrics/../etc/passwd", "/statistics"):
+        assert get(node, path)[0] == 404
+
+
+def test_every_statistic_is_a_metric(node: Node, store: StoreClient, namespace: Namespace) -> None:
+    store.put(namespace, b"one", bytes(5000))
+    store.put(namespace, b"two", bytes(5000))
+    assert store.get(namespace, b"one") == bytes(5000)
+    store.remove(namespace, [b"two"])
+    with store.acquire(namespace, [b"one"]):
+        samples = metrics(node)
+        now = store.statistics()
+    for counter in fields(StoreCounters):
+        name = f"kvstore_{counter.name}_total"
+        assert samples[name] == getattr(now.counters, counter.name), name
+    for gauge in fields(TierState):
+        if gauge.name not in ("name", "medium"):
+            name = f'kvstore_tier_{gauge.name}{{medium="dram",tier="dram"}}'
+            assert samples[name] == getattr(now.tiers[0], gauge.name), name
+    for field in fields(NodeStatistics):
+        if field.name not in ("node", "epoch", "tiers", "counters"):
+            name = field.name.removesuffix("_s") + ("_seconds" if field.name.endswith("_s") else "")
+            assert {f"kvstore_{name}", f"kvstore_{name}_total"} & samples.keys(), name
+    assert samples["kvstore_sealed_blocks_total"] == 2
+    assert samples["kvstore_removed_blocks_total"] == 1
+    assert samples['kvstore_tier_pinned_blocks{medium="dram",tier="dram"}'] == 1
+    assert samples['kvstore_tier_capacity_bytes{medium="dram",tier="dram"}'] == 64 << 20
+
+
+def test_a_refused_frame_is_counted(node: Node) -> None:
+    before = metrics(node)["kvstore_refused_frames_total"]
+    with RawConnection(node.socket) as raw:
+        raw.send(b"\xff" * 16)
+        raw.failure()
+    wait_for(lambda: metrics(node)["kvstore_refused_frames_total"] == before + 1)
+
+
+def test_garbage_on_the_http_port_harms_nobody(node: Node) -> None:
+    host, port = node.endpoint("http").rsplit(":", 1)
+    for data in (b"\xff" * 5000, b"GET / HTTP/9.9\r\n\r\n", b"GET /" + b"a" * 200_000):
+        with socket.create_connection((host, int(port)), timeout=10) as sock:
+            sock.sendall(data)
+    assert get(node, "/healthz") == (200, "ok\n")
+    assert "Traceback" not in node.log
+
+
+def wait_in_vain(store: StoreClient, namespace: Namespace) -> None:
+    with pytest.raises(Unavailable):
+        store.get(namespace, b"k", timeout_s=60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_daemon_cleanly(number: signal.Signals, namespace: Namespace) -> None:
+    with Node() as node:
+        with node.client() as store, RawConnection(node.socket) as raw:
+            # Somebody holds leases, somebody waits, somebody is in the middle of a frame.
+            lease = store.reserve(namespace, [b"k"], 64)
+            waiting = threading.Thread(target=wait_in_vain, args=(store, namespace))
+            waiting.start()
+            raw.send(protocol.HEADER.pack(1000, 1, 0))
+            node.process.send_signal(number)
+            assert node.stop() == 0
+            waiting.join(10)
+            assert not waiting.is_alive()
+            assert raw.closed()
+            assert not lease.valid
+        assert not node.socket.exists()
+        assert "Traceback" not in node.log, node.log
+        assert "never retrieved" not in node.log, node.log
+        assert sorted(path.name for path in node.folder.iterdir()) == ["log", "node.epoch"]
+
+
+def test_a_second_daemon_on_the_same_socket_is_refused_and_the_first_goes_on(
+    node: Node, store: StoreClient, namespace: Namespace
+) -> None:
+    store.put(namespace, b"k", b"here")
+    done = serve(node, socket=str(node.socket))
+    assert done.returncode == 1
+    assert f"kvstore: another daemon listens on {node.socket}; stop it, or give another path" in done.stderr
+    assert node.socket.exists()
+    assert store.get(namespace, b"k") == b"here"
+    with node.client() as another:
+        assert another.get(namespace, b"k") == b"here"
+
+
+def test_a_stale_socket_is_replaced_and_the_epoch_grows(namespace: Namespace) -> None:
+    with Node() as node:
+        with RawConnection(node.socket, greet=False) as raw:
+            first = raw.ask(protocol.Hello(1, 0, b""))
+        node.kill()
+        assert node.socket.exists()
+        node.start()
+        with RawConnection(node.socket, greet=False) as raw:
+            second = raw.ask(protocol.Hello(1, 0, b""))
+        assert isinstance(first, protocol.Welcome)
+        assert isinstance(second, protocol.Welcome)
+        assert second.epoch > first.epoch
+        assert node.stop() == 0
+        # A clock that was set back does not repeat an epoch.
+        epoch = node.folder / "node.epoch"
+        epoch.write_text(f"{second.epoch + (1 << 60)}\n")
+        node.start()
+        with RawConnection(node.socket, greet=False) as raw:
+            third = raw.ask(protocol.Hello(1, 0, b""))
+        assert isinstance(third, protocol.Welcome)
+        assert third.epoch == second.epoch + (1 << 60) + 1
+
+
+def test_a_file_that_is_no_socket_is_not_replaced(node: Node) -> None:
+    path = node.folder / "precious"
+    path.write_text("precious")
+    done = serve(node, socket=str(path))
+    assert done.returncode == 1
+    assert f"socket {path} is taken by a file that is no socket; give another path" in done.stderr
+    assert path.read_text() == "precious"
+
+
+def test_addresses_that_are_taken_are_clear_errors(node: Node) -> None:
+    done = serve(node, http=node.endpoint("http"))
+    assert done.returncode == 1
+    assert f"kvstore: http address {node.endpoint('http')}: Address already in use" in done.stderr
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        done = serve(node, data=address)
+        assert done.returncode == 1
+        assert re.search(f"kvstore: data address {address}: .*ddress already in use", done.stderr)
+    assert get(node, "/readyz") == (200, "ready\n")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("socket", "/", "/"),
+        ("socket", "", "socket"),
+        ("socket", "/proc/nowhere/node.sock", "socket directory /proc/nowhere: No such file or directory"),
+        ("socket", "/dev/null/node.sock", "socket directory /dev/null: "),
+        ("socket", f"/tmp/{'a' * 120}", f"socket /tmp/{'a' * 120}: a path has at most 107 bytes"),
+        ("socket", f"/tmp/{'a' * 300}", "too long"),
+        ("http", "192.0.2.1:0", "http address 192.0.2.1:0: Cannot assign requested address"),
+        ("http", "no-such-host.invalid:0", "http address no-such-host.invalid:0: "),
+        ("http", f"{'a' * 70}:0", f"http address {'a' * 70}:0: "),
+        ("data", f"{'a' * 70}:0", f"data address {'a' * 70}:0: "),
+        ("dram", "4GB", "dram.capacity is '4GB'; give bytes as \"4GiB\""),
+        ("dram", "4 giB", "dram.capacity is '4 giB'; give bytes as \"4GiB\""),
+        ("dram", "-1", "dram.capacity is '-1'; give bytes as \"4GiB\""),
+        ("dram", "1KiB", "dram capacity is 1024 bytes; the least is 2097152"),
+        ("dram", "1000TiB", "dram capacity is 1099511627776000 bytes, "),
+        ("config", "/nowhere.toml", "/nowhere.toml: "),
+    ],
+    ids=lambda value: value[:24] or "empty",
+)
+def test_a_flag_that_cannot_be_obeyed_is_a_clear_error(
+    tmp_path: Path, flag: str, value: str, message: str
+) -> None:
+    flags = {"dram": "4MiB", "socket": str(tmp_path / "node.sock"), "http": "127.0.0.1:0", flag: value}
+    command = [sys.executable, "-m", "kvstore", "serve"]
+    for name, text in flags.items():
+        command += [f"--{name}", text]
+    # With a token, an address beyond loopback is tried and not refused.
+    environ = {**os.environ, "KVSTORE_TOKEN": "token"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environ)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("kvstore: ")
+    assert message in last
+    assert not (tmp_path / "node.sock").exists()
+
+
+def test_more_clients_than_allowed_are_refused_and_the_others_go_on(
+    tmp_path: Path, namespace: Namespace
+) -> None:
+    config = tmp_path / "node.toml"
+    config.write_text("socket_mode = '0600'\n[limits]\nclients = 3\n")
+    with Node("64MiB", "--config", str(config)) as node:
+        assert node.socket.stat().st_mode & 0o777 == 0o600
+        with node.client() as one, node.client(), node.client():
+            for _ in range(3):
+                with pytest.raises(ProtocolError, match="4 clients; the limit is 3"):
+                    node.client()
+            one.put(namespace, b"k", b"fine")
+        with node.client() as again:
+            assert again.get(namespace, b"k") == b"fine"
+        node.check()

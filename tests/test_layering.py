@@ -1,0 +1,84 @@
+"""Who may import whom, how long a file may be, and other rules that nobody should have to remember."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PRODUCT = sorted(path for room in ("kvstore", "tiers", "connectors") for path in (ROOT / room).rglob("*.py"))
+LINES_MAX = 400
+
+# Module -> what of ours it may import; what is not here is checked by the rules below alone.
+ALLOWED = {
+    "kvstore.errors": set(),
+    "kvstore.statistics": set(),
+    "kvstore.memory": set(),
+    "kvstore.block": {"kvstore.errors"},
+    "kvstore.node.policy": set(),
+    "kvstore.node.directory": {"kvstore.block", "kvstore.errors", "kvstore.node.policy"},
+}
+TIERS_MAY = {"kvstore.block", "kvstore.errors", "kvstore.memory"}
+CLIENT_SIDE = ("client", "channel", "link", "leases", "packing", "protocol", "memory", "hashing")
+# Library -> the modules that may import it.
+ONLY_IN = {
+    "fastapi": {"kvstore.node.http"},
+    "uvicorn": {"kvstore.node.http"},
+    "uvloop": {"kvstore.serve"},
+    "prometheus_client": {"kvstore.metrics"},
+    "redis": set(),
+    "torch": set(),
+    "typer": {"kvstore.cli"},
+    "rich": {"kvstore.cli"},
+}
+PURE = ("kvstore.node.directory", "kvstore.node.policy", "kvstore.node.room", "tiers.allocator")
+IMPURE_LIBRARIES = {"asyncio", "time", "random", "os", "socket", "threading"}
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def ours(path: Path) -> set[str]:
+    names = {module_of(other) for other in PRODUCT}
+    return {name for name in imports_of(path) if name in names} - {"kvstore", "tiers", "connectors"}
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=module_of)
+def test_a_module_imports_only_what_its_room_may(path: Path) -> None:
+    module, imported = module_of(path), ours(path)
+    if module in ALLOWED:
+        assert imported <= ALLOWED[module]
+    if module.startswith("tiers."):
+        assert {name for name in imported if not name.startswith("tiers.")} <= TIERS_MAY
+    elif module != "kvstore.serve":
+        assert {name for name in imported if name.startswith("tiers.")} <= {"tiers.base"}
+    if module.removeprefix("kvstore.") in CLIENT_SIDE:
+        assert not {name for name in imported if name.startswith(("kvstore.node", "kvstore.index", "tiers"))}
+    if module.startswith("kvstore.node."):
+        assert not {name for name in imported if name.startswith("kvstore.index")}
+    for library, modules in ONLY_IN.items():
+        if library in {name.split(".")[0] for name in imports_of(path)}:
+            assert module in modules, f"{library} in {module}"
+    if module in PURE:
+        assert not IMPURE_LIBRARIES & {name.split(".")[0] for name in imports_of(path)}
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=module_of)
+def test_a_product_file_is_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LINES_MAX
+
+
+@pytest.mark.parametrize("path", [p for p in PRODUCT if p.name != "__init__.py"], ids=module_of)
+def test_a_module_says_what_it_is(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text()))
