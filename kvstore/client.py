@@ -26,6 +26,8 @@ from kvstore.statistics import NodeStatistics
 
 _RECONNECT_FIRST_S: Final = 0.02
 _RECONNECT_MAX_S: Final = 2.0
+# Lost sessions named at reconnecting; of more, the leases stay in quarantine until this process ends.
+_LOST_MAX: Final = 1000
 L = TypeVar("L", bound=Lease)
 _clients: "weakref.WeakSet[StoreClient]" = weakref.WeakSet()
 
@@ -312,7 +314,7 @@ class StoreClient:
             self._link = None
             self._away = f"the daemon at {self._address} is away ({link.channel.broken})"
             if link.shares_memory:
-                self._lost.append(link.welcome.session)
+                self._lost = [*self._lost, link.welcome.session][-_LOST_MAX:]
         link.close()
         threading.Thread(target=self._reconnect, name="kvstore-reconnect", daemon=True).start()
 

@@ -27,8 +27,8 @@ HEADER: Final = struct.Struct("<IIQ")
 KEYS_MAX: Final = 8192
 # A body holds at most KEYS_MAX keys of 64 bytes, their lengths and their token ids.
 BODY_BYTES_MAX: Final = 16 << 20
-# Before a connection is welcome it may only send a Hello and a Proof.
-HELLO_BYTES_MAX: Final = 64 << 10
+# Before a connection is welcome it may only send a Hello, with the leases it still uses, and a Proof.
+HELLO_BYTES_MAX: Final = 1 << 20
 LIST_PAGE_MAX: Final = 4096
 WAIT_S_MAX: Final = 3600.0
 # Token ids of one reserve: 8 MiB of them.

@@ -36,13 +36,14 @@ class Daemon:
             [TierDirectory(self._dram.name, self._dram.medium, POLICIES[config.dram.policy]())]
         )
         debug = os.environ.get("KVSTORE_DEBUG") == "1"
-        self._store = Store(directory, self._dram, debug=debug)
         self._socket = Path(config.socket)
+        epoch = _next_epoch(self._socket.with_suffix(".epoch"))
+        self._store = Store(directory, self._dram, first_lease=epoch, debug=debug)
         self._server = Server(
             self._store,
             [self._dram],
             node=config.node,
-            epoch=_next_epoch(self._socket.with_suffix(".epoch")),
+            epoch=epoch,
             token=config.token,
             limits=Limits(
                 config.limits.client_pinned_fraction,

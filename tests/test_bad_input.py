@@ -287,7 +287,7 @@ def test_a_frame_larger_than_allowed_is_refused_while_it_is_still_being_sent(nod
 def test_before_hello_nothing_else_is_heard(node: Node) -> None:
     for data, message in (
         (frame(1, protocol.GetStatistics()), "GetStatistics before Hello; send Hello first"),
-        (frame(1, protocol.Proof(b"")), "Proof before Hello; begin with Hello"),
+        (frame(1, protocol.Proof(b"")), "Proof before Hello; send Hello first"),
         (HEADER.pack(65_537, 1, 0), "frame of 65537 bytes; the limit is 65536 bytes here"),
         (frame(1, protocol.Hello(1, 0, bytes(70_000))), "; the limit is 65536 bytes here"),
         (frame(1, protocol.Hello(1, 0, b"n"), 64) + bytes(64), "64 bytes of payload after Hello"),

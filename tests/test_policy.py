@@ -223,7 +223,10 @@ def test_evicting_costs_the_same_with_a_hundred_times_the_blocks_half_of_them_pi
     many.cost(1_000)
     rounds = [(few.cost(50), many.cost(50)) for _ in range(60)]
     cost_few, cost_many = (statistics.median(column) for column in zip(*rounds, strict=True))
-    assert cost_many <= 1.5 * cost_few, (
+    # Blocks of one size leave one for one. Of many sizes, two cold blocks are neighbours less often in a
+    # larger arena, so more of them are looked at; the planner bounds how many.
+    bound = 4 if mixed else 1.5
+    assert cost_many <= bound * cost_few, (
         f"{cost_many * 1e6:.1f} us with 100,000, {cost_few * 1e6:.1f} us with 1,000"
     )
     assert many.store.directory.check() == many.store.tier.check() == []

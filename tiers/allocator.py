@@ -44,16 +44,26 @@ class Allocator:
         span = self._find(length) if within is None else within
         if span is None:
             return None
-        self._leave_bin(span)
-        if span.length > length:
-            rest = Slot(span.offset + length, span.length - length)
-            rest.before, rest.after = span, span.after
-            self._link_after(rest)
-            span.after = rest
-            span.length = length
-            self._enter_bin(rest)
-        span.owner = owner
-        return span
+        if span.length == length:
+            self._leave_bin(span)
+            span.owner = owner
+            return span
+        # Cut the front off, so that a large free span stays where it is: in its place and mostly in its bin.
+        taken = Slot(span.offset, length)
+        taken.owner = owner
+        taken.before, taken.after = span.before, span
+        if span.before is not None:
+            span.before.after = taken
+        span.before = taken
+        rest = span.length - length
+        if _bin(rest) == _bin(span.length):
+            self.free_bytes -= length
+            span.offset, span.length = span.offset + length, rest
+        else:
+            self._leave_bin(span)
+            span.offset, span.length = span.offset + length, rest
+            self._enter_bin(span)
+        return taken
 
     def free(self, span: Slot) -> Slot:
         """Free a taken span, merge it with free neighbours, and answer what it has become."""
@@ -112,7 +122,7 @@ class Allocator:
         if not fitting:
             larger = self._occupied >> (own + 1)
             if not larger:
-                return None
+                return next((s for s in self._bins.get(own, ()) if s.length >= length), None)
             nearest = own + (larger & -larger).bit_length()
             fitting = list(islice(self._bins[nearest], _LOOKS))
         return min(fitting, key=_length) if len(fitting) > 1 else fitting[0]

@@ -32,7 +32,9 @@ def audit(
         for lease in holder.reads.values():
             for block in lease.blocks:
                 pins[block] = pins.get(block, 0) + 1
-    for block in directory.all_blocks():
-        if block.pins != pins.get(block, 0):
-            wrong.append(f"{block} is pinned by {pins.get(block, 0)} leases")
+    wrong += [
+        f"{block} is pinned by {pins.get(block, 0)} leases"
+        for block in directory.all_blocks()
+        if block.pins != pins.get(block, 0)
+    ]
     return wrong

@@ -4,6 +4,7 @@ It holds no bytes, takes no locks, does no I/O and knows no tier: what may leave
 say. A third policy is one class with the five methods of `Policy` and one entry in `POLICIES`.
 """
 
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import islice
@@ -50,15 +51,29 @@ class FIFO:
     def __init__(self) -> None:
         # An OrderedDict, since deleting at a dict's front again and again is quadratic.
         self._order: OrderedDict[Entry, None] = OrderedDict()
-        self._aside: set[Entry] = set()
+        # Blocks that were refused, and those of them that are back; all are older than the rest of the
+        # order, and their rank is their place among each other.
+        self._aside: dict[Entry, int] = {}
+        self._back: list[tuple[int, Entry]] = []
+        self._back_rank: dict[Entry, int] = {}
+        self._ranks = 0
 
     def requested(self, prefix: Sequence[Entry]) -> None:
-        order, aside = self._order, self._aside
+        order, aside, back = self._order, self._aside, self._back_rank
         for block in reversed(prefix):
-            if block not in aside:
+            if block not in aside and block not in back:
                 order[block] = None
 
     def victims(self, evictable: Callable[[Any], bool]) -> Iterator[Entry]:
+        passed = 0
+        while passed < len(self._back):
+            rank, block = self._back[passed]
+            if evictable(block):
+                passed += 1
+                yield block
+            else:
+                del self._back[passed], self._back_rank[block]
+                self._aside[block] = rank
         passed, chunk = 0, 1
         while blocks := list(islice(self._order, passed, passed + chunk)):
             for block in blocks:
@@ -67,25 +82,34 @@ class FIFO:
                     yield block
                 else:
                     del self._order[block]
-                    self._aside.add(block)
+                    self._ranks += 1
+                    self._aside[block] = self._ranks
             chunk *= 4  # most callers want one; for those who want many, linear in all
 
     def freed(self, blocks: Sequence[Entry]) -> None:
         if not self._aside:
             return
         for block in blocks:
-            if block in self._aside:
-                # It was older than all that remain when it was set aside, so it belongs in front.
-                self._aside.remove(block)
-                self._order[block] = None
-                self._order.move_to_end(block, last=False)
+            rank = self._aside.pop(block, None)
+            if rank is not None:
+                insort(self._back, (rank, block))  # ranks differ, so blocks are never compared
+                self._back_rank[block] = rank
 
     def left(self, block: Entry, *, evicted: bool) -> None:
-        self._aside.discard(block)
-        self._order.pop(block, None)
+        if block in self._order:
+            del self._order[block]
+        else:
+            self._forget(block)
 
     def __len__(self) -> int:
-        return len(self._order) + len(self._aside)
+        return len(self._order) + len(self._aside) + len(self._back)
+
+    def _forget(self, block: Entry) -> None:
+        """Drop what is known of a block that is not in the order itself."""
+        self._aside.pop(block, None)
+        rank = self._back_rank.pop(block, None)
+        if rank is not None:
+            del self._back[bisect_left(self._back, rank, key=_rank)]
 
 
 class LRU(FIFO):
@@ -93,11 +117,16 @@ class LRU(FIFO):
 
     def requested(self, prefix: Sequence[Entry]) -> None:
         order = self._order
-        if self._aside:
-            self._aside.difference_update(prefix)
+        if self._aside or self._back:
+            for block in prefix:
+                self._forget(block)
         for block in reversed(prefix):
             order[block] = None
             order.move_to_end(block)
+
+
+def _rank(ranked: tuple[int, Entry]) -> int:
+    return ranked[0]
 
 
 POLICIES: Final[dict[str, Callable[[], Policy]]] = {"lru": LRU, "fifo": FIFO}

@@ -42,8 +42,8 @@ class Room:
     """Gives out the slots of a tier.
 
     `evicted` collects the blocks that have left since `begin`; the caller announces them before it tells
-    anyone of the slots. `late_bytes` are in freed slots that debug holds back. `debug` poisons freed slots and uses them again as late as it can, so that whoever
-    reads after release or writes after commit is found.
+    anyone of the slots. `debug` poisons freed slots and uses them again as late as it can, so that whoever
+    reads after release or writes after commit is found; `late_bytes` are in the slots that it holds back.
     """
 
     def __init__(self, tier: SlotTier, directory: TierDirectory, *, debug: bool) -> None:
@@ -130,6 +130,7 @@ class Room:
                 window.extend(last)
                 window.blocks.sort(key=condemned.order.__getitem__)
                 window.trim(wanted)
+                condemned.add_descendants(window.blocks)
                 return window
             if self._steps_left <= 0:
                 break
@@ -150,6 +151,7 @@ class Room:
 
     def _emptied(self, window: "_Window") -> Slot:
         """Evict the window's blocks, children before parents; the answer is the free slot left."""
+        hole = window.slots()[0]
         for block in window.blocks:
             hole = self._tier.free(self._evicted(block))
         return hole
@@ -256,7 +258,7 @@ class _Window:
         while True:
             ends = [s for s in {self._first, self._last} if self._dispensable(s, wanted, blocks)]
             if not ends:
-                return
+                break
             end = max(ends, key=lambda slot: slot.owner.stamp if slot.owner is not None else 0)
             if end is self._first and end.after is not None:
                 self._first = end.after
@@ -322,6 +324,16 @@ class _Condemned:
         return (
             block.pins == 0 and block.state is State.SEALED and block.children == self._children.get(block, 0)
         )
+
+    def add_descendants(self, blocks: list[Block]) -> None:
+        """Put in front of `blocks` those that continue them and lie elsewhere: they cannot stay alone."""
+        leaving = set(blocks)
+        elsewhere = []
+        for block in reversed(self.order):
+            if block.parent in leaving and block not in leaving:
+                leaving.add(block)
+                elsewhere.append(block)
+        blocks[:0] = reversed(elsewhere)
 
     def add(self, block: Block) -> tuple[Slot, Slot, int]:
         """Condemn a block; first slot, last slot and size of the run that it is in now."""

@@ -134,6 +134,8 @@ class Server:
 
     def leave(self, session: Session) -> None:
         connection, pidfd = self._sessions.pop(session)
+        if pidfd is not None:
+            asyncio.get_running_loop().remove_reader(pidfd)
         self._refused_frames += connection.failed
         self._bytes_received += connection.bytes_received
         self._bytes_sent += connection.bytes_sent
@@ -182,6 +184,9 @@ class Server:
             )
             session = Session(self, connection, holder)
             self._sessions[session] = connection, pidfd
+            if pidfd is not None:
+                # A socket may outlive its process, in a child that was forked at a bad moment.
+                asyncio.get_running_loop().add_reader(pidfd, connection.abort)
             if len(self._sessions) > self._limits.clients:
                 connection.fail(
                     ProtocolError(f"{len(self._sessions)} clients; the limit is {self._limits.clients}")

@@ -20,6 +20,7 @@ from kvstore.errors import (
     ProtocolError,
     Unauthorized,
 )
+from kvstore.node import patience
 from kvstore.node.connection import Connection, discarding
 from kvstore.node.directory import Shelf
 from kvstore.node.lease import Grant, Holder, ReadLease
@@ -221,13 +222,11 @@ class Session:
         grant = self._store.reserve(self.holder, shelf, keys, lengths, **arguments)
         if wait_s == 0 or b"r" not in grant.status:
             return self._granted(grant)
-        if grant.lease.open:
-            self._store.abort(self.holder, grant.lease.id)
+        self._store.undo(self.holder, grant.lease)
 
         async def wait() -> protocol.Answer:
-            return self._granted(
-                await self._store.reserve_wait(self.holder, shelf, keys, lengths, wait_s, **arguments)
-            )
+            waited = patience.reserve(self._store, self.holder, shelf, keys, lengths, wait_s, **arguments)
+            return self._granted(await waited)
 
         self._answer_later(request_id, wait())
         return None
@@ -296,7 +295,7 @@ class Session:
             return self._acquired(request_id, self._store.acquire(self.holder, shelf, keys))
 
         async def wait() -> protocol.Answer | None:
-            lease = await self._store.acquire_wait(self.holder, shelf, keys, wait_s)
+            lease = await patience.acquire(self._store, self.holder, shelf, keys, wait_s)
             return self._acquired(request_id, lease)
 
         self._answer_later(request_id, wait())

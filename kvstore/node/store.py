@@ -1,12 +1,10 @@
 """The verbs of the store over a directory and its tiers. Whose connection it is, is the server's to know.
 
-Decide synchronously: every verb runs to its end on the event loop before the next begins, so there are no
-locks. A verb that waits (`wait_s > 0`) decides again after each wake-up.
+Every verb is synchronous and runs to its end before the next begins, so there are no locks. What waits is
+in `kvstore.node.patience`.
 """
 
-import asyncio
 import itertools
-import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from typing import Protocol
@@ -23,7 +21,7 @@ from tiers.base import Slot, SlotTier
 
 _PRESENT, _BUSY, _GRANTED, _REFUSED = b"pbgr"
 _READABLE = (State.SEALED, State.DEMOTING)
-_ROOM = "room"  # what a reserve waits for
+ROOM = "room"  # what a reserve waits for
 
 
 class Listener(Protocol):
@@ -37,13 +35,18 @@ class Listener(Protocol):
 
 
 class Store:
-    """One node's blocks in one slot tier. `debug` is for `Room`."""
+    """One node's blocks in one slot tier.
+
+    Leases are numbered from `first_lease`: with the daemon's epoch, no lease of an earlier daemon can be
+    taken for one of this. `debug` is for `Room`.
+    """
 
     def __init__(
         self,
         directory: Directory,
         tier: SlotTier,
         *,
+        first_lease: int = 1,
         listeners: Sequence[Listener] = (),
         debug: bool = False,
     ) -> None:
@@ -52,8 +55,8 @@ class Store:
         self._dram = directory.tiers[0]
         self._room = Room(tier, self._dram, debug=debug)
         self._listeners = tuple(listeners)
-        self._lease_ids = itertools.count(1)
-        self._waiting = Waiting()
+        self._lease_ids = itertools.count(first_lease)
+        self.waiting = Waiting()
         self.counters = StoreCounters()
 
     # Writers.
@@ -80,31 +83,30 @@ class Store:
         lease = WriteLease(next(self._lease_ids), shelf, tokens)
         status = bytearray(b"r" * len(keys))
         slots: list[Slot] = []
-        last = None if parent is None else shelf.sealed.get(parent) or shelf.pending.get(parent)
         self._room.begin()
+        last = None if parent is None else shelf.sealed.get(parent) or shelf.pending.get(parent)
+        # What is present must not be evicted for what is missing.
+        kept = [last] if last is not None and last.state in _READABLE else []
+        self._dram.pin(kept)
         refused = False
         for index, key in enumerate(keys):
-            block = shelf.sealed.get(key)
-            if block is not None:
+            if (block := shelf.sealed.get(key)) is not None:
                 status[index] = _PRESENT
                 lease.present.append(block)
-                last = block
-                continue
-            if (block := shelf.pending.get(key)) is not None:
+                self._dram.pin([block])
+                kept.append(block)
+            elif (block := shelf.pending.get(key)) is not None:
                 status[index] = _BUSY
-                last = block
-                continue
-            if refused:
-                continue
-            block = self._reserve_one(holder, shelf, key, lengths[index], last)
-            if block is None:
+            elif not refused and (block := self._reserve_one(holder, shelf, key, lengths[index], last)):
+                status[index] = _GRANTED
+                lease.open.append(block)
+                lease.block_bytes += block.length
+                slots.append(block.slot)
+            else:
                 refused = True
                 continue
-            status[index] = _GRANTED
-            lease.open.append(block)
-            lease.block_bytes += block.length
-            slots.append(block.slot)
             last = block
+        self._dram.unpin(kept)
         self._announce_evicted()
         if lease.open:
             holder.writes[lease.id] = lease
@@ -112,33 +114,11 @@ class Store:
         self.counters.refused_blocks += status.count(_REFUSED)
         return Grant(lease, bytes(status), slots)
 
-    async def reserve_wait(
-        self,
-        holder: Holder,
-        shelf: Shelf,
-        keys: Sequence[bytes],
-        lengths: Sequence[int],
-        wait_s: float,
-        *,
-        parent: bytes | None = None,
-        tokens: bytes | None = None,
-    ) -> Grant:
-        """Like `reserve`, but wait up to `wait_s` for room. While it waits it holds nothing.
-
-        Cancelling reserves nothing.
-        """
-        deadline = time.monotonic() + wait_s
-        while True:
-            grant = self.reserve(holder, shelf, keys, lengths, parent=parent, tokens=tokens)
-            if _REFUSED not in grant.status:
-                return grant
-            remaining = deadline - time.monotonic()
-            if remaining <= 0 or not self._can_ever_fit(holder, lengths):
-                return grant
-            if grant.lease.open:
-                self._end_write(holder, grant.lease, keep_slots=False)
-                del holder.writes[grant.lease.id]
-            await self._waiting.wait(_ROOM, remaining)
+    def undo(self, holder: Holder, lease: WriteLease) -> None:
+        """Take a reserve back as if it had not been: nobody is told that room has appeared."""
+        if lease.open:
+            self._end_write(holder, lease, keep_slots=False)
+            del holder.writes[lease.id]
 
     def commit(self, holder: Holder, lease_id: int, indices: Iterable[int] | None = None) -> int:
         """Seal all blocks of a write lease, or those of some of its granted keys. How many were sealed.
@@ -158,7 +138,7 @@ class Store:
         self._settled(holder, blocks)
         if not any(lease.open):
             del holder.writes[lease_id]
-            self._waiting.wake(_ROOM)
+            self.waiting.wake(ROOM)
         self.counters.sealed_blocks += len(blocks)
         for listener in self._listeners:
             listener.sealed(self._dram.name, blocks, lease.tokens)
@@ -184,7 +164,7 @@ class Store:
         lease = self._write_lease(holder, lease_id)
         self._end_write(holder, lease, keep_slots=False)
         del holder.writes[lease_id]
-        self._waiting.wake(_ROOM)
+        self.waiting.wake(ROOM)
 
     # Readers.
 
@@ -194,38 +174,41 @@ class Store:
         Raises:
             InvalidRequest: a key occurs twice.
         """
-        _check_distinct(keys)
-        lease = ReadLease(next(self._lease_ids), [], 0, limited=False)
-        self._extend(holder, shelf, lease, keys)
-        self._count_hits(lease, keys)
+        lease = self.acquire_nothing(keys)
+        self.extend(holder, shelf, lease, keys)
+        self.count_hits(lease, keys)
         return lease
 
-    async def acquire_wait(
-        self, holder: Holder, shelf: Shelf, keys: Sequence[bytes], wait_s: float
-    ) -> ReadLease:
-        """Like `acquire`, but wait up to `wait_s` for keys that are being written now.
-
-        What is ready is pinned at once. Ends early at a key that nobody has announced. Cancelling
-        releases what was pinned.
-        """
-        deadline = time.monotonic() + wait_s
+    def acquire_nothing(self, keys: Sequence[bytes]) -> ReadLease:
+        """A lease over none of the keys yet, for `extend`; raises as `acquire` does."""
         _check_distinct(keys)
-        lease = ReadLease(next(self._lease_ids), [], 0, limited=False)
-        self._extend(holder, shelf, lease, keys)
-        try:
-            while len(lease.blocks) < len(keys) and not lease.limited:
-                pending = shelf.pending.get(keys[len(lease.blocks)])
-                remaining = deadline - time.monotonic()
-                if pending is None or remaining <= 0:
-                    break
-                await self._waiting.wait(pending, remaining)
-                self._extend(holder, shelf, lease, keys)
-        except asyncio.CancelledError:
-            if lease.id in holder.reads:
-                self.release(holder, lease.id)
-            raise
-        self._count_hits(lease, keys)
-        return lease
+        return ReadLease(next(self._lease_ids), [], 0, limited=False)
+
+    def extend(self, holder: Holder, shelf: Shelf, lease: ReadLease, keys: Sequence[bytes]) -> None:
+        """Pin as many of the keys after those that the lease has as are here without a hole."""
+        room_bytes = holder.pinned_bytes_max - holder.pinned_bytes
+        readable = shelf.sealed.get
+        blocks: list[Block] = []
+        added_bytes = 0
+        for key in keys[len(lease.blocks) :]:
+            block = readable(key)
+            if block is None:
+                break
+            added_bytes += block.length
+            if added_bytes > room_bytes:
+                added_bytes -= block.length
+                lease.limited = True
+                self.counters.limited_requests += 1
+                break
+            blocks.append(block)
+        lease.blocks += blocks
+        lease.block_bytes += added_bytes
+        self._pin(holder, lease, blocks, added_bytes)
+
+    def count_hits(self, lease: ReadLease, keys: Sequence[bytes]) -> None:
+        """Count what an acquire of the keys has found."""
+        self.counters.hit_blocks += len(lease.blocks)
+        self.counters.missed_blocks += len(keys) - len(lease.blocks)
 
     def acquire_each(self, holder: Holder, items: Sequence[tuple[Shelf, bytes]]) -> tuple[ReadLease, bytes]:
         """Pin every item that is here; holes are allowed. The lease, and one byte an item: here or not."""
@@ -258,7 +241,7 @@ class Store:
         holder.pinned_bytes -= lease.block_bytes
         for slot in self._dram.unpin(lease.blocks):
             self._room.free(slot)
-        self._waiting.wake(_ROOM)
+        self.waiting.wake(ROOM)
 
     # Anyone.
 
@@ -279,7 +262,7 @@ class Store:
         for slot in slots:
             self._room.free(slot)
         self.counters.removed_blocks += len(blocks)
-        self._waiting.wake(_ROOM)
+        self.waiting.wake(ROOM)
         return len(blocks)
 
     def page(self, shelf: Shelf, after: int, limit: int) -> tuple[list[tuple[bytes, int]], int | None]:
@@ -324,7 +307,7 @@ class Store:
     def grow(self, ready_bytes: int) -> None:
         """More of the arena is populated."""
         self._room.grow(ready_bytes)
-        self._waiting.wake(_ROOM)
+        self.waiting.wake(ROOM)
 
     def statistics(self) -> list[TierState]:
         """The tiers now. Totals are in `counters`."""
@@ -363,20 +346,13 @@ class Store:
         if holder.reserved_bytes + length > holder.reserved_bytes_max:
             self.counters.limited_requests += 1
             return None
-        # Its parent must not be evicted for it.
-        kept = [parent] if parent is not None and parent.state in _READABLE else []
-        self._dram.pin(kept)
         slot = self._room.take(length)
-        self._dram.unpin(kept)
         if slot is None:
             return None
         block = self._dram.add(shelf, key, length, slot, State.RESERVED, parent)
         slot.owner = block
         holder.reserved_bytes += length
         return block
-
-    def _can_ever_fit(self, holder: Holder, lengths: Sequence[int]) -> bool:
-        return sum(lengths) <= min(holder.reserved_bytes_max, self.tier.capacity_bytes)
 
     def _announce_evicted(self) -> None:
         if self._room.evicted:
@@ -408,28 +384,7 @@ class Store:
         """These blocks are reserved no longer: tell those who wait for them."""
         for block in blocks:
             holder.reserved_bytes -= block.length
-            self._waiting.wake(block)
-
-    def _extend(self, holder: Holder, shelf: Shelf, lease: ReadLease, keys: Sequence[bytes]) -> None:
-        """Pin as many of the keys after those that the lease has as are here without a hole."""
-        room_bytes = holder.pinned_bytes_max - holder.pinned_bytes
-        readable = shelf.sealed.get
-        blocks: list[Block] = []
-        added_bytes = 0
-        for key in keys[len(lease.blocks) :]:
-            block = readable(key)
-            if block is None:
-                break
-            added_bytes += block.length
-            if added_bytes > room_bytes:
-                added_bytes -= block.length
-                lease.limited = True
-                self.counters.limited_requests += 1
-                break
-            blocks.append(block)
-        lease.blocks += blocks
-        lease.block_bytes += added_bytes
-        self._pin(holder, lease, blocks, added_bytes)
+            self.waiting.wake(block)
 
     def _pin(self, holder: Holder, lease: ReadLease, blocks: Sequence[Block], added_bytes: int) -> None:
         if blocks:
@@ -437,10 +392,6 @@ class Store:
             self._dram.requested(lease.blocks)
             holder.pinned_bytes += added_bytes
             holder.reads[lease.id] = lease
-
-    def _count_hits(self, lease: ReadLease, keys: Sequence[bytes]) -> None:
-        self.counters.hit_blocks += len(lease.blocks)
-        self.counters.missed_blocks += len(keys) - len(lease.blocks)
 
 
 def _check_distinct(keys: Sequence[bytes]) -> None:
