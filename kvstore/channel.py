@@ -77,9 +77,12 @@ class Channel:
         timeout_s: float,
         payload: Sequence[memoryview] = (),
         *,
+        ahead: bytes = b"",
         with_fd: bool = False,
     ) -> Reply:
-        """Send a request and wait for its answer; `with_fd` is for a channel that one thread has to itself.
+        """Send a request and wait for its answer. `ahead` are frames to send before it, in one go.
+
+        `with_fd` is for a channel that one thread has to itself.
 
         When the time is over the request may still be carried out; a lease that comes of it is given up.
 
@@ -91,16 +94,17 @@ class Channel:
         deadline = time.monotonic() + timeout_s
         reply = Reply()
         self._fds_wanted = with_fd
-        request_id = self._send(request, payload, reply)
+        request_id = self._send(request, payload, reply, ahead)
         while reply.answer is None:
             self._read_or_wait(request_id, reply, deadline)
         if isinstance(reply.answer, protocol.Failure):
             raise protocol.error_of(reply.answer)
         return reply
 
-    def notify(self, request: protocol.Request) -> None:
-        """Send a request that wants no answer."""
-        self._send(request, (), None)
+    def send(self, frames: bytes) -> None:
+        """Send frames that want no answer."""
+        with self._send_lock:
+            self._send_or_close((frames,))
 
     def close(self, reason: str = "the client is closed") -> None:
         """End the connection; everyone who waits gets Unavailable."""
@@ -129,24 +133,28 @@ class Channel:
 
     # Sending.
 
-    def _send(self, request: protocol.Request, payload: Sequence[memoryview], reply: Reply | None) -> int:
+    def _send(
+        self, request: protocol.Request, payload: Sequence[memoryview], reply: Reply, ahead: bytes
+    ) -> int:
         payload_bytes = sum(map(len, payload)) if payload else 0
         with self._send_lock:
-            request_id = 0
-            if reply is not None:
-                self._next_id = self._next_id % 0xFFFF_FFFF + 1
-                request_id = self._next_id
-                self._replies[request_id] = reply
+            self._next_id = request_id = self._next_id % 0xFFFF_FFFF + 1
+            self._replies[request_id] = reply
             try:
-                self._send_all(frame(request_id, request, payload_bytes))
-                for view in payload:
-                    self._send_all(view)
-            except (OSError, ValueError) as exc:
+                self._send_or_close((ahead + frame(request_id, request, payload_bytes), *payload))
+            except Unavailable:
                 self._replies.pop(request_id, None)
-                self._read_refusal()
-                self.close(f"sending failed: {exc or type(exc).__name__}")
-                raise Unavailable(self._reason()) from exc
+                raise
         return request_id
+
+    def _send_or_close(self, pieces: Sequence[bytes | memoryview]) -> None:
+        try:
+            for piece in pieces:
+                self._send_all(piece)
+        except (OSError, ValueError) as exc:
+            self._read_refusal()
+            self.close(f"sending failed: {exc or type(exc).__name__}")
+            raise Unavailable(self._reason()) from exc
 
     def _send_all(self, data: bytes | memoryview) -> None:
         if self.broken is not None:
@@ -273,9 +281,9 @@ class Channel:
     def _undo(self, answer: protocol.Answer) -> None:
         """Give up the lease that came for somebody who no longer waits."""
         if isinstance(answer, protocol.Acquired) and answer.lease:
-            self.notify(protocol.Release([answer.lease]))
+            self.send(frame(0, protocol.Release([answer.lease])))
         elif isinstance(answer, protocol.Granted) and answer.lease:
-            self.notify(protocol.Abort(answer.lease))
+            self.send(frame(0, protocol.Abort(answer.lease)))
 
     def _give_up(self, request_id: int) -> None:
         if self._replies.pop(request_id, None) is not None:

@@ -5,6 +5,7 @@ blocks are copied. When the daemon goes away, calls raise `Unavailable` at once,
 in the background; leases from before are invalid. A forked child must connect for itself.
 """
 
+import contextlib
 import os
 import ssl
 import threading
@@ -26,6 +27,8 @@ from kvstore.statistics import NodeStatistics
 
 _RECONNECT_FIRST_S: Final = 0.02
 _RECONNECT_MAX_S: Final = 2.0
+# How long the end of a lease may wait for a request to travel with.
+_FLUSH_S: Final = 0.005
 # Lost sessions named at reconnecting; of more, the leases stay in quarantine until this process ends.
 _LOST_MAX: Final = 1000
 L = TypeVar("L", bound=Lease)
@@ -54,11 +57,13 @@ class StoreClient:
         self._away = ""
         self._leases: dict[int, weakref.ref[Lease]] = {}
         self._lost: list[bytes] = []  # sessions whose leases may not all be given up
-        self._dropped: deque[tuple[int, bool]] = deque()
+        self._ended: deque[tuple[int, bool]] = deque()  # leases that the daemon does not know to have ended
+        self._unsent = threading.Event()
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._pid = os.getpid()
         _clients.add(self)
+        threading.Thread(target=self._flush_later, name="kvstore-flush", daemon=True).start()
 
     @classmethod
     def connect(
@@ -83,7 +88,9 @@ class StoreClient:
         """End all leases and the connection."""
         for lease in self._live_leases():
             lease.end_quietly()
+        self._flush()
         self._closed.set()
+        self._unsent.set()
         with self._lock:
             link, self._link, self._away = self._link, None, "the client is closed"
         if link is not None:
@@ -254,10 +261,13 @@ class StoreClient:
 
     def lease_dropped(self, lease: Lease) -> None:
         if self._leases.pop(lease.id, None) is not None:
-            self._dropped.append((lease.id, isinstance(lease, WriteLease)))
+            self.send_end(lease)
 
     def send_end(self, lease: Lease) -> None:
-        self._send_end(lease.id, writes=isinstance(lease, WriteLease))
+        # It goes with the next request, which saves the daemon and us a wake-up, or a little later without.
+        self._ended.append((lease.id, isinstance(lease, WriteLease)))
+        if not self._unsent.is_set():
+            self._unsent.set()
 
     def send_commit(self, lease: WriteLease, indices: Sequence[int] | None) -> None:
         link = lease.link
@@ -273,7 +283,8 @@ class StoreClient:
         self, link: Link, request: protocol.Request, wait_s: float = 0.0, payload: Sequence[memoryview] = ()
     ) -> Any:
         try:
-            return link.channel.call(request, self._timeout_s + wait_s, payload)
+            ahead = self._ended_frames() if self._ended else b""
+            return link.channel.call(request, self._timeout_s + wait_s, payload, ahead=ahead)
         finally:
             if link.channel.broken is not None:
                 self._lose(link)
@@ -284,9 +295,6 @@ class StoreClient:
             if link is not None:
                 self._lose(link)
             raise Unavailable(self._away)
-        while self._dropped:
-            lease_id, writes = self._dropped.popleft()
-            self._send_end(lease_id, writes=writes)
         return link
 
     def _hold(self, lease: L) -> L:
@@ -294,14 +302,38 @@ class StoreClient:
             self._leases[lease.id] = weakref.ref(lease)
         return lease
 
-    def _send_end(self, lease_id: int, *, writes: bool) -> None:
+    def _ended_frames(self) -> bytes:
+        """The messages that end what has ended since the last request, to be sent ahead of the next."""
+        reads: list[int] = []
+        frames = b""
+        with contextlib.suppress(IndexError):  # another thread takes them too
+            while self._ended:
+                lease_id, writes = self._ended.popleft()
+                if writes:
+                    frames += protocol.frame(0, protocol.Abort(lease_id))
+                else:
+                    reads.append(lease_id)
+        return frames + protocol.frame(0, protocol.Release(reads)) if reads else frames
+
+    def _flush(self) -> None:
+        """Tell the daemon now."""
         link = self._link
         if link is None or self._pid != os.getpid():
+            self._ended.clear()  # the next hello says what is still held
             return
-        try:
-            link.channel.notify(protocol.Abort(lease_id) if writes else protocol.Release([lease_id]))
-        except Unavailable:
-            self._lose(link)
+        if self._ended:
+            try:
+                link.channel.send(self._ended_frames())
+            except Unavailable:
+                self._lose(link)
+
+    def _flush_later(self) -> None:
+        """The thread that ends leases of a client that makes no further request."""
+        while not self._closed.is_set():
+            self._unsent.wait()
+            self._unsent.clear()
+            self._closed.wait(_FLUSH_S)
+            self._flush()
 
     def _live_leases(self) -> Sequence[Lease]:
         return [lease for reference in list(self._leases.values()) if (lease := reference()) is not None]
@@ -344,8 +376,8 @@ class StoreClient:
                     self._lost.clear()
             # Those that ended while the hello was under way are given up now.
             for lease_id in set(held) - set(self._leases):
-                self._send_end(lease_id, writes=False)
-                self._send_end(lease_id, writes=True)
+                self._ended += ((lease_id, False), (lease_id, True))
+            self._flush()
             return
 
     def _abandon_in_child(self) -> None:

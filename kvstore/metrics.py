@@ -28,7 +28,11 @@ _NODE_GAUGES = {
     "connections": ("connections", "Clients connected"),
     "leases": ("leases", "Leases held by connected clients"),
     "quarantined_leases": ("quarantined_leases", "Leases of lost connections whose processes still live"),
-    "loop_stall_max_s": ("loop_stall_max_seconds", "Longest stall of the event loop since start"),
+    "loop_late_max_s": ("loop_late_max_seconds", "Longest lateness of the event loop since start"),
+    "loop_stall_max_s": (
+        "loop_stall_max_seconds",
+        "Longest time since start that the event loop was late and busy",
+    ),
 }
 _NODE_COUNTERS = {
     "refused_frames": "Connections ended for what they sent",

@@ -49,6 +49,8 @@ def unpack_keys(keys: Keys) -> list[bytes]:
     if rest:
         raise InvalidRequest(f"{len(joined)} bytes of keys are no multiple of {widths} bytes a key")
     _check_count(count)
+    if count < _GROUP:
+        return [joined[start : start + widths] for start in range(0, len(joined), widths)]
     # Whole groups at once: a third of the time of slicing key by key.
     grouped = _GROUPS[widths].iter_unpack(memoryview(joined)[: count // _GROUP * _GROUP * widths])
     result = list(chain.from_iterable(grouped))

@@ -43,7 +43,8 @@ class TierState:
 class NodeStatistics:
     """Everything a daemon has to say of itself.
 
-    `loop_stall_max_s` is the longest time since start in which the event loop ran nothing else;
+    `loop_late_max_s` is the longest time since start by which the event loop was late, for whatever reason,
+    and `loop_stall_max_s` the longest in which it was late and busy itself: the difference is the system's.
     `quarantined_leases` are those of lost connections whose processes may still touch their slots.
     """
 
@@ -54,6 +55,7 @@ class NodeStatistics:
     leases: int
     quarantined_leases: int
     refused_frames: int
+    loop_late_max_s: float
     loop_stall_max_s: float
     bytes_received: int
     bytes_sent: int

@@ -2,8 +2,8 @@
 
 The memory is the daemon's: it touches every page before a slot on it is given out, so that clients never
 pay a first touch (ten times slower than the copy) and never are charged for the memory. Huge pages where
-the system grants them, in this order: reserved ones (hugetlbfs), transparent ones, else 4 KiB pages and a
-warning with what their page tables cost.
+the system grants them, in this order: reserved ones (hugetlbfs), transparent ones, small ones collapsed on
+the spot, else 4 KiB pages and a warning with what their page tables cost.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from typing import Final
 
 from kvstore.block import Medium
 from kvstore.errors import ConfigError, TierError
-from kvstore.memory import HUGE_PAGE_BYTES, MADV_POPULATE_WRITE, POPULATE_STEP_BYTES, Mapping
+from kvstore.memory import HUGE_PAGE_BYTES, MADV_COLLAPSE, MADV_POPULATE_WRITE, POPULATE_STEP_BYTES, Mapping
 from tiers.allocator import ALIGNMENT_BYTES, Allocator
 from tiers.base import Slot, TierStatistics
 
@@ -56,13 +56,6 @@ class DramTier:
         self._map = Mapping(self._fd, self.capacity_bytes, writable=True)
         if self.pages == "transparent":
             self._map.advise(mmap.MADV_HUGEPAGE)
-        elif self.pages == "small":
-            tables = self.capacity_bytes // mmap.PAGESIZE * _PAGE_TABLE_ENTRY_BYTES
-            logger.warning(
-                "arena %s has 4 KiB pages: %d MiB of page tables in each process that maps it; "
-                "reserve huge pages (vm.nr_hugepages=%d) or set %s to advise",
-                name, tables >> 20, self.capacity_bytes // HUGE_PAGE_BYTES, _SHMEM_HUGE_PAGES,
-            )  # fmt: skip
         self._stopping = threading.Event()
 
     # Memory.
@@ -77,6 +70,8 @@ class DramTier:
             if self._stopping.is_set():
                 return
             length = min(step, self.capacity_bytes - start)
+            if self.pages == "small" and not self._collapse(start, length):
+                self._warn_of_page_tables()
             if not self._map.advise(MADV_POPULATE_WRITE, start, length):
                 reason = os.strerror(ctypes.get_errno())
                 raise TierError(
@@ -111,6 +106,21 @@ class DramTier:
 
     def poison(self, slot: Slot) -> None:
         ctypes.memset(self._map.address + slot.offset, 0xDB, slot.length)
+
+    def _collapse(self, start: int, length: int) -> bool:
+        """Turn small pages into huge ones, which goes where some are there already; False when refused."""
+        for offset in range(start, start + length, HUGE_PAGE_BYTES):
+            self._map.view[offset] = 0
+        return self._map.advise(MADV_COLLAPSE, start, length)
+
+    def _warn_of_page_tables(self) -> None:
+        self.pages = "refused"
+        tables = self.capacity_bytes // mmap.PAGESIZE * _PAGE_TABLE_ENTRY_BYTES
+        logger.warning(
+            "arena %s has 4 KiB pages: %d KiB of page tables in each process that maps it; "
+            "reserve huge pages (vm.nr_hugepages=%d) or set %s to advise",
+            self.name, tables >> 10, self.capacity_bytes // HUGE_PAGE_BYTES, _SHMEM_HUGE_PAGES,
+        )  # fmt: skip
 
     def grow(self, ready_bytes: int) -> None:
         self._allocator.grow(ready_bytes)

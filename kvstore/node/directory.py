@@ -192,33 +192,40 @@ class TierDirectory:
 
     def pin(self, blocks: Sequence[Block]) -> None:
         """Keep these readable blocks where they are until unpinned; this also ends their demotion."""
+        first = first_bytes = 0
         for block in blocks:
-            if block.pins == 0:
-                self._pinned += 1
-                self._pinned_bytes += block.length
+            pins = block.pins
+            if pins == 0:
+                first += 1
+                first_bytes += block.length
                 if block.state is State.DEMOTING:
                     self.resume(block)
-            block.pins += 1
+            block.pins = pins + 1
+        self._pinned += first
+        self._pinned_bytes += first_bytes
 
     def unpin(self, blocks: Sequence[Block]) -> list[Any]:
         """Undo one `pin` of each block. The slots of blocks that were doomed are handed back."""
         slots = []
+        last = last_bytes = 0
         for block in blocks:
-            block.pins -= 1
-            if block.pins == 0:
-                self._pinned -= 1
-                self._pinned_bytes -= block.length
+            pins = block.pins = block.pins - 1
+            if pins == 0:
+                last += 1
+                last_bytes += block.length
                 if block.state is State.DOOMED:
                     self._doomed.remove(block)
                     slots.append(self._absent(block))
+        self._pinned -= last
+        self._pinned_bytes -= last_bytes
         self.policy.freed(blocks)
         return slots
 
     def requested(self, prefix: Sequence[Block]) -> None:
         """One request stored or hit these readable blocks, head first."""
-        self.requests += 1
+        self.requests = stamp = self.requests + 1
         for block in prefix:
-            block.stamp = self.requests
+            block.stamp = stamp
         self.policy.requested(prefix)
 
     # What makes room: sealed -> absent at once, or through demoting.
@@ -340,7 +347,8 @@ class Directory:
             within = shelves[:depth]
             if depth == 1:
                 readable = within[0].sealed.__contains__
-                reached = len(list(takewhile(readable, keys)))
+                everything = all(map(readable, keys))  # the usual case, and the fastest to tell
+                reached = len(keys) if everything else len(list(takewhile(readable, keys)))
             else:
                 while reached < len(keys) and any(keys[reached] in shelf.sealed for shelf in within):
                     reached += 1

@@ -120,9 +120,12 @@ class LRU(FIFO):
         if self._aside or self._back:
             for block in prefix:
                 self._forget(block)
+        renew = order.move_to_end
         for block in reversed(prefix):
-            order[block] = None
-            order.move_to_end(block)
+            try:
+                renew(block)
+            except KeyError:
+                order[block] = None
 
 
 def _rank(ranked: tuple[int, Entry]) -> int:

@@ -62,7 +62,7 @@ class Server:
         self._sessions: dict[Session, tuple[Connection, int | None]] = {}
         self._servers: list[asyncio.AbstractServer] = []
         self._started = time.monotonic()
-        self._stall_max_s = 0.0
+        self._late_max_s = self._stall_max_s = self._cpu_s = 0.0
         self._refused_frames = 0
         self._bytes_received = self._bytes_sent = 0
         self._names = 0
@@ -155,6 +155,7 @@ class Server:
             leases=sum(len(session.holder.lease_ids()) for session in self._sessions),
             quarantined_leases=sum(len(holder.lease_ids()) for holder in quarantined),
             refused_frames=self._refused_frames,
+            loop_late_max_s=self._late_max_s,
             loop_stall_max_s=self._stall_max_s,
             bytes_received=self._bytes_received + sum(c.bytes_received for c in connections),
             bytes_sent=self._bytes_sent + sum(c.bytes_sent for c in connections),
@@ -196,8 +197,11 @@ class Server:
         return lambda: Connection(accepted)
 
     def _watch(self, expected: float) -> None:
-        now = time.monotonic()
-        self._stall_max_s = max(self._stall_max_s, now - expected)
+        now, cpu_s = time.monotonic(), time.thread_time()
+        late_s = now - expected
+        self._late_max_s = max(self._late_max_s, late_s)
+        self._stall_max_s = max(self._stall_max_s, min(late_s, cpu_s - self._cpu_s))
+        self._cpu_s = cpu_s
         if now >= self._next_sweep:
             self._next_sweep = now + FRAME_TIMEOUT_S / 10
             for session, (connection, _) in list(self._sessions.items()):

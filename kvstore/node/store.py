@@ -7,7 +7,9 @@ in `kvstore.node.patience`.
 import itertools
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
-from typing import Protocol
+from itertools import takewhile
+from operator import truth
+from typing import Protocol, cast
 
 from kvstore.block import HitLength
 from kvstore.errors import InvalidRequest, LeaseError
@@ -187,20 +189,13 @@ class Store:
     def extend(self, holder: Holder, shelf: Shelf, lease: ReadLease, keys: Sequence[bytes]) -> None:
         """Pin as many of the keys after those that the lease has as are here without a hole."""
         room_bytes = holder.pinned_bytes_max - holder.pinned_bytes
-        readable = shelf.sealed.get
-        blocks: list[Block] = []
-        added_bytes = 0
-        for key in keys[len(lease.blocks) :]:
-            block = readable(key)
-            if block is None:
-                break
-            added_bytes += block.length
-            if added_bytes > room_bytes:
-                added_bytes -= block.length
-                lease.limited = True
-                self.counters.limited_requests += 1
-                break
-            blocks.append(block)
+        wanted = keys[len(lease.blocks) :] if lease.blocks else keys
+        blocks = cast("list[Block]", list(takewhile(truth, map(shelf.sealed.get, wanted))))
+        added_bytes = sum([block.length for block in blocks])
+        while added_bytes > room_bytes:
+            added_bytes -= blocks.pop().length
+            lease.limited = True
+        self.counters.limited_requests += lease.limited
         lease.blocks += blocks
         lease.block_bytes += added_bytes
         self._pin(holder, lease, blocks, added_bytes)
