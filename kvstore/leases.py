@@ -26,10 +26,10 @@ class Owner(Protocol):
         """Whether its connection stands, in this process."""
 
     def send_end(self, lease: "Lease") -> None:
-        """Tell the daemon that the lease has ended."""
+        """Let the daemon know, soon, that the lease has ended. Safe within a garbage collection."""
 
     def lease_dropped(self, lease: "Lease") -> None:
-        """The lease was garbage before it ended: tell the daemon later, not from within a collection."""
+        """The lease was garbage before it ended."""
 
     def send_commit(self, lease: "WriteLease", indices: Sequence[int] | None) -> None:
         """Tell the daemon, and send the bytes where no memory is shared."""

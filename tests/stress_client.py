@@ -277,7 +277,7 @@ class Subject:
             time.sleep(self._random.random() * 0.05)
 
     def _be_cut(self) -> None:
-        link = self._store._link
+        link = self._store._keeper._link
         if link is not None:
             self._cuts += 1
             with contextlib.suppress(OSError):

@@ -288,10 +288,10 @@ def test_before_hello_nothing_else_is_heard(node: Node) -> None:
     for data, message in (
         (frame(1, protocol.GetStatistics()), "GetStatistics before Hello; send Hello first"),
         (frame(1, protocol.Proof(b"")), "Proof before Hello; send Hello first"),
-        (HEADER.pack(65_537, 1, 0), "frame of 65537 bytes; the limit is 65536 bytes here"),
-        (frame(1, protocol.Hello(1, 0, bytes(70_000))), "; the limit is 65536 bytes here"),
+        (HEADER.pack(1_048_577, 1, 0), "frame of 1048577 bytes; the limit is 1048576 bytes here"),
+        (frame(1, protocol.Hello(1, 0, bytes(1_100_000))), "; the limit is 1048576 bytes here"),
         (frame(1, protocol.Hello(1, 0, b"n"), 64) + bytes(64), "64 bytes of payload after Hello"),
-        (b"GET /metrics HTTP/1.1\r\nHost: kvstore\r\n\r\n", "; the limit is 65536 bytes here"),
+        (b"GET /metrics HTTP/1.1\r\nHost: kvstore\r\n\r\n", "; the limit is 1048576 bytes here"),
     ):
         with RawConnection(node.socket, greet=False) as raw:
             raw.send(data)

@@ -173,7 +173,7 @@ def test_a_forked_child_holds_nothing_and_says_so(node: Node, store: StoreClient
 
 def cut(client: StoreClient) -> None:
     """Cut a client's connection from outside it, as a broken daemon or a full system would."""
-    link = client._link
+    link = client._keeper._link
     assert link is not None
     link.channel._sock.shutdown(socket.SHUT_RDWR)
 

@@ -20,7 +20,7 @@ ALLOWED = {
     "kvstore.node.directory": {"kvstore.block", "kvstore.errors", "kvstore.node.policy"},
 }
 TIERS_MAY = {"kvstore.block", "kvstore.errors", "kvstore.memory"}
-CLIENT_SIDE = ("client", "channel", "link", "leases", "packing", "protocol", "memory", "hashing")
+CLIENT_SIDE = ("client", "channel", "link", "leases", "keeper", "packing", "protocol", "memory", "hashing")
 # Library -> the modules that may import it.
 ONLY_IN = {
     "fastapi": {"kvstore.node.http"},
