@@ -1,5 +1,6 @@
 """A real daemon in a process of its own, and a raw connection to it, for tests."""
 
+import contextlib
 import os
 import re
 import signal
@@ -133,8 +134,9 @@ class RawConnection:
         return self.answer()
 
     def send(self, data: bytes) -> None:
-        """Send bytes as they are."""
-        self.sock.sendall(data)
+        """Send bytes as they are, or as many as the daemon takes before it refuses."""
+        with contextlib.suppress(BrokenPipeError):
+            self.sock.sendall(data)
 
     def answer(self) -> protocol.Answer:
         """The next answer; ConnectionResetError when there is none."""

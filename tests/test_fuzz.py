@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from kvstore import protocol
+from kvstore import packing, protocol
 from kvstore.block import KEY_BYTES_MAX, Namespace
 from kvstore.client import StoreClient
 from kvstore.errors import InvalidRequest, ProtocolError
@@ -162,12 +162,12 @@ def decode(body: bytes) -> None:
     names = getattr(request, "keys", None)
     if isinstance(names, Keys):
         with contextlib.suppress(InvalidRequest):
-            found = protocol.unpack_keys(names)
+            found = packing.unpack_keys(names)
             assert 1 <= len(found) <= KEYS_MAX
             assert all(1 <= len(name) <= KEY_BYTES_MAX for name in found)
             assert b"".join(found) == names.joined
         with contextlib.suppress(InvalidRequest):
-            protocol.spread(getattr(request, "lengths", 0), 3)
+            packing.spread(getattr(request, "lengths", 0), 3)
 
 
 def test_random_bodies_are_decoded_or_refused() -> None:
@@ -204,14 +204,14 @@ def test_mutated_requests_are_decoded_or_refused() -> None:
 @settings(max_examples=300, deadline=None, database=None)
 @given(st.lists(st.binary(min_size=1, max_size=KEY_BYTES_MAX), min_size=1, max_size=200))
 def test_packed_keys_unpack_to_what_they_were(names: list[bytes]) -> None:
-    keys = msgspec.msgpack.decode(msgspec.msgpack.encode(protocol.pack_keys(names)), type=Keys)
-    assert protocol.unpack_keys(keys) == names
+    keys = msgspec.msgpack.decode(msgspec.msgpack.encode(packing.pack_keys(names)), type=Keys)
+    assert packing.unpack_keys(keys) == names
 
 
 @settings(max_examples=300, deadline=None, database=None)
 @given(st.lists(st.integers(0, 1 << 64), max_size=20))
 def test_gathered_numbers_spread_to_what_they_were(values: list[int]) -> None:
-    assert list(protocol.spread(protocol.gather(values), len(values))) == values
+    assert list(packing.spread(packing.gather(values), len(values))) == values
 
 
 # Over the wire.
@@ -300,7 +300,7 @@ class Talk:
             elif isinstance(answer, protocol.Report):
                 assert answer.wrong == [], (request, answer)
             elif isinstance(answer, protocol.Granted | protocol.Acquired) and answer.lease:
-                nbytes = sum(protocol.spread(answer.slots.lengths, self._count(answer)))
+                nbytes = sum(packing.spread(answer.slots.lengths, self._count(answer)))
                 self._leases.append((answer.lease, nbytes))
             if head[1] == request_id or self.over:
                 return
