@@ -83,7 +83,7 @@ class Daemon:
             await self._server.listen_unix(self._socket, mode=int(self._config.socket_mode, 8))
             self._listening = True
             # What is there by now stays, and blocks come and go by reference counts: a full collection, which
-            # takes 50 ms with 100,000 blocks, would find nothing and stall the event loop.
+            # takes 60 ms with 100,000 blocks, would find nothing and stall the event loop.
             gc.freeze()
             gc.set_threshold(20_000, 5, 1_000_000)
             print("kvstore ready:", f"socket={self._socket}", *addresses, flush=True)

@@ -320,7 +320,7 @@ def test_another_major_version_is_refused_and_another_minor_one_is_not(
 
 def test_half_a_frame_and_silence_end_after_the_frame_timeout(node: Node) -> None:
     half = frame(1, protocol.Hello(1, 0, bytes(32)))
-    whole = frame(1, protocol.HitLengthOf(0, packed(8192)))
+    whole = frame(1, protocol.HitLengthOf(0, packed(4096)))
     cases = [
         (False, b"", "no hello for 5.0 s, which is the limit"),
         (False, half[:-7], "a frame was incomplete for 5.0 s, which is the limit"),
@@ -380,10 +380,10 @@ def test_every_request_refuses_bad_keys(
         (Keys(b"kkk", -1), "key of -1 bytes; give 1 to 64 bytes"),
         (Keys(b"kkk", [4, -1]), "key of -1 bytes; give 1 to 64 bytes"),
         (Keys(b"kkk", 1 << 63), f"key of {1 << 63} bytes; give 1 to 64 bytes"),
-        (Keys(b"", 16), "0 keys in one request; give 1 to 8192"),
-        (Keys(b"", []), "0 keys in one request; give 1 to 8192"),
-        (packed(1_000_000), "1000000 keys in one request; give 1 to 8192"),
-        (packed(8193), "8193 keys in one request; give 1 to 8192"),
+        (Keys(b"", 16), "0 keys in one request; give 1 to 4096"),
+        (Keys(b"", []), "0 keys in one request; give 1 to 4096"),
+        (packed(1_000_000), "1000000 keys in one request; give 1 to 4096"),
+        (packed(4097), "4097 keys in one request; give 1 to 4096"),
         (Keys(bytes(33), 16), "33 bytes of keys are no multiple of 16 bytes a key"),
         (Keys(bytes(33), [16, 16]), "33 bytes of keys, but their lengths add up to 32"),
     ):
@@ -397,7 +397,7 @@ def test_a_list_of_a_million_lengths_names_the_limit(
     with RawConnection(node.socket) as raw:
         raw.open(NS)
         raw.send(frame(2, request_of(0, Keys(bytes(1_000_000), [1] * 1_000_000))))
-        assert "8192" in raw.failure().text
+        assert "4096" in raw.failure().text
 
 
 def test_the_same_key_twice_is_refused(raw: Raw, store: StoreClient) -> None:
@@ -592,11 +592,11 @@ MANY = 4_000_000
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (protocol.Release([1] * MANY), "8192"),
-        (protocol.Release(list(range(MANY // 2))), "8192"),
-        (protocol.Commit(1, [0] * MANY), "8192"),
-        (protocol.AcquireEach([0] * MANY, Keys(b"k", 1)), "8192|4000000 numbers for 1 keys"),
-        (protocol.Reserve(0, Keys(b"k", 1), [1] * MANY), "8192|4000000 numbers for 1 keys"),
+        (protocol.Release([1] * MANY), "4096"),
+        (protocol.Release(list(range(MANY // 2))), "4096"),
+        (protocol.Commit(1, [0] * MANY), "4096"),
+        (protocol.AcquireEach([0] * MANY, Keys(b"k", 1)), "4096|4000000 numbers for 1 keys"),
+        (protocol.Reserve(0, Keys(b"k", 1), [1] * MANY), "4096|4000000 numbers for 1 keys"),
     ],
     ids=["Release", "Release of different leases", "Commit", "AcquireEach", "Reserve"],
 )
@@ -616,8 +616,8 @@ def refusals(store: StoreClient) -> dict[str, tuple[Callable[[], Any], str]]:
     """Calls with bad arguments, and what their errors say."""
     put = b"k" * 16
     return {
-        "no keys": (lambda: store.acquire(NS, []), "0 keys in one request; give 1 to 8192"),
-        "no items": (lambda: store.acquire_each([]), "0 keys in one request; give 1 to 8192"),
+        "no keys": (lambda: store.acquire(NS, []), "0 keys in one request; give 1 to 4096"),
+        "no items": (lambda: store.acquire_each([]), "0 keys in one request; give 1 to 4096"),
         "a million keys": (lambda: store.hit_length(NS, [put] * 1_000_000), "1000000 keys in one request"),
         "a key of 0 bytes": (lambda: store.get(NS, b""), "key of 0 bytes; give 1 to 64 bytes"),
         "a key of 65 bytes": (lambda: store.remove(NS, [bytes(65)]), "key of 65 bytes; give 1 to 64 bytes"),

@@ -167,7 +167,8 @@ def test_a_lease_from_before_a_restart_ends_no_lease_from_after_it(node: Node, n
         wait_for(lambda: not old.valid)
         wait_for(lambda: _answers(store))
         fill(store, namespace, keys(1))
-        leases = [store.acquire(namespace, keys(1)) for _ in range(old.id)]
+        leases = [store.acquire(namespace, keys(1)) for _ in range(8)]
+        assert old.id < leases[0].id, "numbers of leases go on where the last daemon stopped, and above"
         old.release()
         assert store.statistics().leases == len(leases)
         for lease in leases:
