@@ -48,6 +48,8 @@ class Allocator:
             self._leave_bin(span)
             span.owner = owner
             return span
+        if span.length < length:
+            raise ValueError(f"{length} bytes wanted within {span}")
         # Cut the front off, so that a large free span stays where it is: in its place and mostly in its bin.
         taken = Slot(span.offset, length)
         taken.owner = owner

@@ -175,10 +175,11 @@ class Room:
             window = _Window(hole)
             grown = window.grow(wanted, lambda w, b: w.block_bytes + b.slot.length <= self._move_bytes_left)
             self._steps_left -= len(window.blocks)
-            if grown and (joined := self._moved_away(window)) is not None:
-                return joined
+            if grown:
+                # Only once: having tried, other free slots may no longer be what they were.
+                return self._moved_away(window)
             if self._steps_left <= 0:
-                return None
+                break
         return None
 
     def _moved_away(self, window: "_Window") -> Slot | None:
@@ -343,19 +344,20 @@ class _Condemned:
         first = last = block.slot
         size = first.length
         while (slot := first.before) is not None:
-            if slot.owner is None:
-                first, size = slot, size + slot.length
-            elif slot in self._from_last:
+            # Runs before free slots: a run may end with one, which must not count twice.
+            if slot in self._from_last:
                 first, more = self._from_last[slot]
                 size += more
+            elif slot.owner is None:
+                first, size = slot, size + slot.length
             else:
                 break
         while (slot := last.after) is not None:
-            if slot.owner is None:
-                last, size = slot, size + slot.length
-            elif slot in self._from_first:
+            if slot in self._from_first:
                 last, more = self._from_first[slot]
                 size += more
+            elif slot.owner is None:
+                last, size = slot, size + slot.length
             else:
                 break
         self._from_first[first] = last, size

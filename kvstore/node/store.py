@@ -384,7 +384,8 @@ class Store:
     def _pin(self, holder: Holder, lease: ReadLease, blocks: Sequence[Block], added_bytes: int) -> None:
         if blocks:
             self._dram.pin(blocks)
-            self._dram.requested(lease.blocks)
+            # What was pinned before this, while waiting, may have been removed since.
+            self._dram.requested([block for block in lease.blocks if block.state is not State.DOOMED])
             holder.pinned_bytes += added_bytes
             holder.reads[lease.id] = lease
 
