@@ -1,0 +1,1 @@
+"""What runs inside engines and speaks to the store. None is here yet."""

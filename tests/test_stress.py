@@ -15,7 +15,7 @@ from tests.node import Node, open_files, private_bytes, threads, wait_for
 from tests.stress_client import CHAINS, NAMESPACES, chain, content, length_of, live
 from tests.test_client import MIB, fill, keys
 
-STRESS_S = float(os.environ.get("KVSTORE_STRESS_S", "20"))
+STRESS_S = float(os.environ.get("KVSTORE_STRESS_S", "60"))
 PROCESSES = 16
 CLIENTS_EACH = 4
 

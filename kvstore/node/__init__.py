@@ -1,0 +1,1 @@
+"""The daemon's inside: directory, policies, room, store, sessions, server."""
