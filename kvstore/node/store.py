@@ -309,7 +309,9 @@ class Store:
         tier, room = self.tier.statistics(), self._room.statistics()
         self.counters.evicted_blocks, self.counters.evicted_bytes = room.evicted_blocks, room.evicted_bytes
         self.counters.moved_blocks, self.counters.moved_bytes = room.moved_blocks, room.moved_bytes
-        return [TierState(**asdict(tier), **asdict(self._dram.statistics()))]
+        state = asdict(tier) | asdict(self._dram.statistics())
+        state["used_bytes"] -= self._room.late_bytes  # free, but for debugging held back
+        return [TierState(**state)]
 
     def check(self, holders: Collection[Holder] = ()) -> list[str]:
         """Recount everything; each line says what is wrong. Takes 1 us a block, on the event loop."""
