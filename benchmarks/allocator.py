@@ -197,7 +197,8 @@ def run(settings: Settings) -> Report:
     ]
     caption = (
         "Pure computation on any core, no memory behind it. Fractions of the arena are live bytes over its "
-        f"size; medians over {settings.rounds} seeds. In the long run each stored block is evicted once; fewer here, since small blocks still gather."
+        f"size; medians over {settings.rounds} seeds. In the long run"
+        " each stored block is evicted once; fewer here, since small blocks still gather."
     )
     return Report(BENCH, rows, judge(rows, targets), caption)
 
