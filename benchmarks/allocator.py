@@ -15,7 +15,8 @@ from typing import Any, Final
 
 from benchmarks.harness import GIB, KIB, MIB, OURS, Report, Row, Settings, Target, judge, row
 from kvstore.block import Medium, Namespace
-from kvstore.node.directory import Block, State, TierDirectory, evictable
+from kvstore.node.blocks import Block, State, evictable
+from kvstore.node.directory import TierDirectory
 from kvstore.node.policy import LRU
 from kvstore.node.room import Room
 from tiers.allocator import ALIGNMENT_BYTES, Allocator
@@ -102,7 +103,7 @@ class Arena:
     def __init__(self, capacity_bytes: int) -> None:
         self.tier = PaperTier(capacity_bytes)
         self.directory = TierDirectory("paper", Medium.DRAM, LRU())
-        self.room = Room(self.tier, self.directory, debug=False)
+        self.room = Room(self.tier, self.directory, memory=self.tier)
         self.room.grow(capacity_bytes)
         self.shelf = self.directory.shelf(Namespace(model="paper"))
         self.evicted: list[Block] = []

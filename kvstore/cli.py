@@ -31,6 +31,9 @@ HERE = f"unix:{default_socket()}"
 @app.command()
 def serve(
     dram: Annotated[str | None, typer.Option(help="capacity of the arena, as 4GiB")] = None,
+    nvme: Annotated[
+        list[str] | None, typer.Option(help="PATH:CAPACITY of a disk's directory; once for each disk")
+    ] = None,
     socket: Annotated[Path | None, typer.Option(help="unix socket for this node's clients")] = None,
     http: Annotated[str | None, typer.Option(help="HOST:PORT of health and metrics, port 0 for any")] = None,
     data: Annotated[str | None, typer.Option(help="HOST:PORT of TCP for clients off the node")] = None,
@@ -43,6 +46,8 @@ def serve(
     overrides = {key: value for key, value in flags.items() if value is not None}
     if dram is not None:
         overrides["dram"] = {"capacity": dram}
+    if nvme:
+        overrides["nvme"] = {"directories": nvme}
     with _errors():
         run(load(config, overrides))
 

@@ -103,10 +103,10 @@ class StoreClient:
         return self._hold(WriteLease(self._keeper, link, answer.lease, keys, answer.status, views))
 
     def acquire(self, namespace: Namespace, keys: Sequence[bytes], *, wait_s: float = 0.0) -> ReadLease:
-        """Pin the leading keys that are here.
+        """Pin the leading keys that are in the arena.
 
-        With `wait_s` it waits for keys that are being written now; a key that nobody has announced ends
-        the hit at once.
+        With `wait_s` it waits for keys that are in a tier below, or are being written now; a key that
+        nobody has announced ends the hit at once.
         """
         packed = packing.pack_keys(keys)
         packing.check_wait(wait_s)
@@ -120,11 +120,12 @@ class StoreClient:
             views = split_payload(reply.payload, answer.slots.lengths)
         return self._hold(ReadLease(self._keeper, link, answer.lease, views, limited=answer.limited))
 
-    def acquire_each(self, items: Sequence[tuple[Namespace, bytes]]) -> EachLease:
-        """Pin every item that is here; holes are allowed."""
+    def acquire_each(self, items: Sequence[tuple[Namespace, bytes]], *, wait_s: float = 0.0) -> EachLease:
+        """Pin every item that is here; holes are allowed. With `wait_s` it waits as `acquire` does."""
+        packing.check_wait(wait_s)
         link = self._connected()
-        request = protocol.AcquireEach(*_packed_items(link, items))
-        reply = self._call(link, request)
+        request = protocol.AcquireEach(*_packed_items(link, items), wait_s)
+        reply = self._call(link, request, wait_s)
         answer = reply.answer
         assert isinstance(answer, protocol.Acquired)
         if link.shares_memory:
@@ -205,12 +206,16 @@ class StoreClient:
         )
 
     def get(self, namespace: Namespace, key: bytes, *, timeout_s: float = 5.0) -> bytes | None:
-        """A copy of the block, or None. Waits up to `timeout_s` if it is being written now."""
+        """A copy of the block, or None. Waits up to `timeout_s` if it is below, or being written."""
         with self.acquire(namespace, [key], wait_s=timeout_s) as read:
             return bytes(read.views[0]) if read.hit_length else None
 
     def remove(self, namespace: Namespace, keys: Sequence[bytes]) -> int:
-        """Hide these blocks now, everywhere; how many were here. Pinned ones are freed at their release."""
+        """Hide these blocks now, everywhere; how many were here. Pinned ones are freed at their release.
+
+        Raises:
+            TierError: they are hidden, but a tier that fails now may bring them back with a restart.
+        """
         packed = packing.pack_keys(keys)
         link = self._connected()
         answer = self._call(link, protocol.Remove(link.handle(namespace), packed)).answer

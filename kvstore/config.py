@@ -49,6 +49,14 @@ def parse_endpoint(value: Any, name: str = "address") -> tuple[str, int]:
     return host, int(port)
 
 
+def parse_place(value: Any, name: str) -> tuple[Path, int]:
+    """A directory and its bytes from "/mnt/nvme0:500GiB"."""
+    path, _, size = str(value).rpartition(":")
+    if not path:
+        raise ConfigError(f'{name} is {value!r}; give PATH:CAPACITY, as "/mnt/nvme0:500GiB"')
+    return Path(path), parse_size(size, f"{name} {path}")
+
+
 def default_socket() -> str:
     """Where the daemon of this user listens: under /run for root, else in the user's runtime directory."""
     if os.geteuid() == 0:
@@ -66,10 +74,32 @@ class DramConfig:
 
     capacity: str | int = _knob("1GiB", "bytes of the arena, populated at start")
     policy: str = _knob("lru", "which unpinned blocks leave first: lru or fifo")
+    high_watermark: float = _knob(0.95, "when fuller than this, blocks move to tiers that write on eviction")
+    low_watermark: float = _knob(0.90, "until it is no fuller than this")
 
     @property
     def capacity_bytes(self) -> int:
         return parse_size(self.capacity, "dram.capacity")
+
+
+@dataclass(frozen=True, slots=True)
+class NvmeConfig:
+    """`[nvme]`: a tier on local disks, one for each directory."""
+
+    directories: tuple[str, ...] = _knob((), "PATH:CAPACITY of each device's directory, as /mnt/nvme0:500GiB")
+    policy: str = _knob("lru", "which blocks leave first: lru or fifo")
+    write: str = _knob("behind", "behind: after every commit; on-eviction: when the arena fills up")
+    exclusive: bool = _knob(False, "a block that has been promoted leaves; only with write on-eviction")
+    admit_hits: int = _knob(0, "write only blocks that were hit as often; 0 for all")
+    threads: int = _knob(4, "calls under way at once, for each directory")
+    timeout_s: float = _knob(
+        2.0, "a call that takes longer is late: the tier is then left alone until it is back"
+    )
+
+    @property
+    def places(self) -> list[tuple[Path, int]]:
+        """Directories, and bytes for each."""
+        return [parse_place(text, "nvme.directories") for text in self.directories]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +125,7 @@ class Config:
     tls_key: str = _knob("", "PEM file of the certificate's key")
     log_level: str = _knob("info", "debug, info, warning or error")
     dram: DramConfig | None = None
+    nvme: NvmeConfig | None = None
     limits: LimitsConfig = LimitsConfig()
 
     @property
@@ -136,7 +167,7 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:
     return config
 
 
-_SECTIONS: Final = {"dram": DramConfig, "limits": LimitsConfig}
+_SECTIONS: Final = {"dram": DramConfig, "nvme": NvmeConfig, "limits": LimitsConfig}
 
 
 def _build(kind: type, data: Mapping[str, Any], prefix: str) -> Any:
@@ -165,6 +196,8 @@ def _typed(name: str, value: Any, default: Any) -> Any:
         return float(value)
     if name == "dram.capacity" or type(value) is type(default):
         return value
+    if isinstance(default, tuple) and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return tuple(value)
     raise ConfigError(f"{name} is {value!r}; give a {type(default).__name__}, as {default!r}")
 
 
@@ -173,6 +206,13 @@ def _validate(config: Config) -> None:
         raise ConfigError("no tier is configured; give --dram 4GiB, or [dram] capacity in the file")
     if config.dram.capacity_bytes and config.dram.policy not in ("lru", "fifo"):
         raise ConfigError(f"dram.policy is {config.dram.policy!r}; give lru or fifo")
+    low, high = config.dram.low_watermark, config.dram.high_watermark
+    if not 0 < low <= high <= 1:
+        raise ConfigError(
+            f"dram.low_watermark is {low} and dram.high_watermark {high}; give 0 < low <= high <= 1"
+        )
+    if config.nvme is not None:
+        _validate_nvme(config.nvme)
     for name in ("client_pinned_fraction", "client_reserved_fraction"):
         value = getattr(config.limits, name)
         if not 0 < value <= 1:
@@ -192,6 +232,26 @@ def _validate(config: Config) -> None:
             raise ConfigError(
                 f"{name} is {address}, which is beyond loopback, and no token is set; give token_file"
             )
+
+
+def _validate_nvme(nvme: NvmeConfig) -> None:
+    paths = [path.absolute() for path, _ in nvme.places]
+    if not paths:
+        raise ConfigError('nvme.directories is empty; give ["/mnt/nvme0:500GiB"], or leave [nvme] out')
+    if len(set(paths)) != len(paths):
+        raise ConfigError(f"nvme.directories names a directory twice: {', '.join(nvme.directories)}")
+    if nvme.policy not in ("lru", "fifo"):
+        raise ConfigError(f"nvme.policy is {nvme.policy!r}; give lru or fifo")
+    if nvme.write not in ("behind", "on-eviction"):
+        raise ConfigError(f"nvme.write is {nvme.write!r}; give behind or on-eviction")
+    if nvme.exclusive and nvme.write == "behind":
+        raise ConfigError('nvme.exclusive is true, and nvme.write "behind": then write on-eviction')
+    if not 1 <= nvme.threads <= 64:
+        raise ConfigError(f"nvme.threads is {nvme.threads}; give 1 to 64")
+    if nvme.admit_hits < 0:
+        raise ConfigError(f"nvme.admit_hits is {nvme.admit_hits}; give 0 or more")
+    if not 0.01 <= nvme.timeout_s <= 600:
+        raise ConfigError(f"nvme.timeout_s is {nvme.timeout_s}; give 0.01 to 600 seconds")
 
 
 def _is_loopback(host: str) -> bool:

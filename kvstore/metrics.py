@@ -1,13 +1,21 @@
 """What a node counts, as Prometheus reads it. Nothing is counted here: a scrape reads the statistics."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvstore.statistics import NodeStatistics, StoreCounters, TierState
+from kvstore.statistics import (
+    LATENCY_BOUNDS_S,
+    Latencies,
+    NodeStatistics,
+    StoreCounters,
+    TierCounters,
+    TierState,
+)
 
 _COUNTERS = {
     "reserved_blocks": "Blocks that writers reserved",
@@ -60,17 +68,44 @@ class NodeCollector(Collector):
             yield _family(GaugeMetricFamily, metric, text, getattr(now, name))
         for name, text in _NODE_COUNTERS.items():
             yield _family(CounterMetricFamily, name, text, getattr(now, name))
-        for gauge in fields(TierState):
-            if gauge.name in ("name", "medium"):
-                continue
-            family = GaugeMetricFamily(
-                f"kvstore_tier_{gauge.name}",
-                f"{gauge.name.replace('_', ' ')} of a tier",
-                labels=["tier", "medium"],
-            )
-            for tier in now.tiers:
-                family.add_metric([tier.name, tier.medium], getattr(tier, gauge.name))
-            yield family
+        yield from _tier_families(now.tiers)
+
+
+def _tier_families(tiers: Sequence[TierState]) -> Iterator[Metric]:
+    labels = ["tier", "medium"]
+    for gauge in fields(TierState):
+        if gauge.name in ("name", "medium", "counters", "reads", "writes"):
+            continue
+        name = gauge.name.removesuffix("_s") + "_seconds" if gauge.name.endswith("_s") else gauge.name
+        gauges = GaugeMetricFamily(f"kvstore_tier_{name}", f"{_words(gauge.name)} of a tier", labels=labels)
+        for tier in tiers:
+            gauges.add_metric([tier.name, tier.medium], float(getattr(tier, gauge.name)))
+        yield gauges
+    for counter in fields(TierCounters):
+        text = f"{_words(counter.name)} of a tier"
+        counters = CounterMetricFamily(f"kvstore_tier_{counter.name}", text, labels=labels)
+        for tier in tiers:
+            counters.add_metric([tier.name, tier.medium], getattr(tier.counters, counter.name))
+        yield counters
+    for name, what in (("reads", "reading from"), ("writes", "writing to")):
+        histograms = HistogramMetricFamily(
+            f"kvstore_tier_{name}_seconds",
+            f"Seconds that calls took {what} a tier below the arena",
+            labels=labels,
+        )
+        for tier in tiers:
+            latencies: Latencies = getattr(tier, name)
+            histograms.add_metric([tier.name, tier.medium], _buckets(latencies), latencies.sum_s)
+        yield histograms
+
+
+def _buckets(latencies: Latencies) -> list[tuple[str, float]]:
+    bounds = [*map(str, LATENCY_BOUNDS_S), "+Inf"]
+    return list(zip(bounds, accumulate(latencies.counts), strict=True))
+
+
+def _words(name: str) -> str:
+    return name.removesuffix("_s").replace("_", " ").capitalize()
 
 
 def exposition(read: Callable[[], NodeStatistics]) -> Callable[[], bytes]:

@@ -20,7 +20,7 @@ from kvstore.statistics import NodeStatistics
 
 # Another major version is refused. A minor version adds messages or fields at the end.
 MAJOR: Final = 1
-MINOR: Final = 0
+MINOR: Final = 1
 
 HEADER: Final = struct.Struct("<IIQ")
 # Keys of one request; a prompt of 1M tokens is 4,096 blocks of 256. Reserving so many takes some 15 ms, for
@@ -120,6 +120,7 @@ class AcquireEach(Message, tag=9):
 
     namespaces: list[int]
     keys: Keys
+    wait_s: float = 0.0
 
 
 class Release(Message, tag=10):

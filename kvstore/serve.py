@@ -15,12 +15,15 @@ from pathlib import Path
 from kvstore.config import Config, parse_endpoint
 from kvstore.errors import ConfigError, KVStoreError
 from kvstore.metrics import exposition
-from kvstore.node.directory import Directory, TierDirectory
+from kvstore.node.arena import Arena
+from kvstore.node.directory import TierDirectory
 from kvstore.node.http import HttpServer, health_app
+from kvstore.node.lower import Lower, Rules
 from kvstore.node.policy import POLICIES
 from kvstore.node.server import Limits, Server, clear_stale_socket
 from kvstore.node.store import Store
 from tiers.dram import DramTier
+from tiers.nvme import NvmeTier
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +35,12 @@ class Daemon:
         assert config.dram is not None
         self._config = config
         self._dram = DramTier(config.dram.capacity_bytes)
-        directory = Directory(
-            [TierDirectory(self._dram.name, self._dram.medium, POLICIES[config.dram.policy]())]
-        )
+        directory = TierDirectory(self._dram.name, self._dram.medium, POLICIES[config.dram.policy]())
         debug = os.environ.get("KVSTORE_DEBUG") == "1"
+        arena = Arena(self._dram, directory, [], debug=debug)
         self._socket = Path(config.socket)
         epoch = _next_epoch(self._socket.with_suffix(".epoch"))
-        self._store = Store(directory, self._dram, first_lease=epoch, debug=debug)
+        self._store = Store(arena, _nvme_tiers(config), first_lease=epoch)
         self._server = Server(
             self._store,
             [self._dram],
@@ -79,6 +81,7 @@ class Daemon:
                 except (OSError, UnicodeError) as exc:
                     raise ConfigError(f"data address {self._config.data}: {exc}") from exc
                 addresses.append(f"data={host}:{port}")
+            await self._store.movements.start()
             self._server.start()
             await self._server.listen_unix(self._socket, mode=int(self._config.socket_mode, 8))
             self._listening = True
@@ -92,6 +95,8 @@ class Daemon:
         finally:
             self._listening = False
             await self._server.close()
+            if not await self._store.movements.stop():
+                logger.warning("some calls of a tier hang; leaving without them")
             self._dram.close()
             http.should_exit = True
             await serving
@@ -123,6 +128,29 @@ class Daemon:
         except OSError as exc:
             raise ConfigError(f"tls_certificate {self._config.tls_certificate}: {exc}") from exc
         return context
+
+
+def _nvme_tiers(config: Config) -> list[Lower]:
+    """A tier for each directory."""
+    nvme, dram = config.nvme, config.dram
+    if nvme is None or dram is None:
+        return []
+    rules = Rules(
+        on_eviction=nvme.write == "on-eviction",
+        exclusive=nvme.exclusive,
+        admit_hits=nvme.admit_hits,
+        high_watermark=dram.high_watermark,
+        low_watermark=dram.low_watermark,
+        timeout_s=nvme.timeout_s,
+        jobs=nvme.threads,
+    )
+    lowers = []
+    for number, (path, capacity_bytes) in enumerate(nvme.places):
+        name = f"nvme{number}" if len(nvme.places) > 1 else "nvme"
+        tier = NvmeTier(path, capacity_bytes, name=name, threads=nvme.threads)
+        directory = TierDirectory(name, tier.medium, POLICIES[nvme.policy]())
+        lowers.append(Lower(tier, directory, rules, []))
+    return lowers
 
 
 def _listen_http(address: str) -> socket.socket:

@@ -1,6 +1,11 @@
 """What a node counts, as it travels to clients, to /metrics and to the command line. Values only."""
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
+from typing import Final
+
+# Upper bounds of the buckets of latencies, in seconds; a last bucket takes what is longer.
+LATENCY_BOUNDS_S: Final = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
 @dataclass(slots=True)
@@ -21,9 +26,51 @@ class StoreCounters:
     moved_bytes: int = 0
 
 
+@dataclass(slots=True)
+class Latencies:
+    """How long calls took: `counts` has a number for each bucket of LATENCY_BOUNDS_S, one for the rest."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_BOUNDS_S) + 1))
+    sum_s: float = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """One more call."""
+        self.counts[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
+        self.sum_s += seconds
+
+
+@dataclass(slots=True)
+class TierCounters:
+    """Totals of one tier since the daemon's start, in blocks unless named otherwise.
+
+    A block is missed in a tier when a reader asked for it and neither this tier nor one above had it.
+    `dropped` left the tier above without having been written here; `damaged` had other bytes than were
+    written. Calls are those to the device: `failed` with an error, `late` beyond their time limit.
+    """
+
+    hit_blocks: int = 0
+    missed_blocks: int = 0
+    evicted_blocks: int = 0
+    evicted_bytes: int = 0
+    recovered_blocks: int = 0
+    read_blocks: int = 0
+    read_bytes: int = 0
+    written_blocks: int = 0
+    written_bytes: int = 0
+    dropped_blocks: int = 0
+    damaged_blocks: int = 0
+    failed_calls: int = 0
+    late_calls: int = 0
+    breaker_opened: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class TierState:
-    """One tier now. `used_bytes` counts slots, `block_bytes` the readable blocks on them."""
+    """One tier now. `used_bytes` counts slots, `block_bytes` the readable blocks on them.
+
+    `backlog` is what waits to be written here, `breaker_open` whether the tier fails and is left alone, and
+    `eviction_age_s` how long ago the block that left last had been used.
+    """
 
     name: str
     medium: str
@@ -37,6 +84,13 @@ class TierState:
     pinned_blocks: int
     pinned_bytes: int
     doomed_blocks: int
+    backlog_blocks: int = 0
+    backlog_bytes: int = 0
+    breaker_open: bool = False
+    eviction_age_s: float = 0.0
+    counters: TierCounters = field(default_factory=TierCounters)
+    reads: Latencies = field(default_factory=Latencies)
+    writes: Latencies = field(default_factory=Latencies)
 
 
 @dataclass(frozen=True, slots=True)

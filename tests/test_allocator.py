@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -149,6 +149,33 @@ def test_nothing_is_given_out_before_it_is_there() -> None:
     assert later is not None
     assert later.offset == 2 * PAGE
     assert allocator.check() == []
+
+
+@given(data=st.data())
+def test_what_is_claimed_is_taken_and_the_rest_is_free(data: st.DataObject) -> None:
+    pages = data.draw(st.lists(st.tuples(st.booleans(), st.integers(1, 40)), max_size=30))
+    pieces, runs, offset = [], [], 0
+    for taken, length in pages:
+        if taken:
+            pieces.append((offset * PAGE, length * PAGE, f"owner of {offset}"))
+        elif runs and runs[-1][0] + runs[-1][1] == offset:
+            runs[-1] = (runs[-1][0], runs[-1][1] + length)
+        else:
+            runs.append((offset, length))
+        offset += length
+    allocator = Allocator(offset * PAGE)
+    slots = allocator.claim(pieces)
+    assert [(slot.offset, slot.length, slot.owner) for slot in slots] == pieces
+    assert allocator.ready_bytes == allocator.capacity_bytes
+    free = allocator.largest(len(runs) + 1)
+    assert sorted((slot.offset // PAGE, slot.length // PAGE) for slot in free) == runs
+    assert allocator.check() == []
+    # They are slots like others.
+    for slot in slots:
+        allocator.free(slot)
+        assert allocator.check() == []
+    assert allocator.free_bytes == offset * PAGE
+    assert len(allocator.largest(2)) == (offset > 0)
 
 
 def test_check_finds_what_is_wrong() -> None:

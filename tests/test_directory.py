@@ -9,7 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvstore.block import HitLength, Medium, Namespace
 from kvstore.errors import InvalidRequest
-from kvstore.node.directory import Block, Directory, Shelf, State, TierDirectory, evictable
+from kvstore.node.blocks import Block, Shelf, State, evictable
+from kvstore.node.directory import Directory, TierDirectory
 from kvstore.node.policy import LRU
 from tests.test_room import PHASES
 

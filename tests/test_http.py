@@ -18,7 +18,7 @@ from kvstore import protocol
 from kvstore.block import Namespace
 from kvstore.client import StoreClient
 from kvstore.errors import ProtocolError, Unavailable
-from kvstore.statistics import NodeStatistics, StoreCounters, TierState
+from kvstore.statistics import NodeStatistics, StoreCounters, TierCounters, TierState
 from tests.node import Node, RawConnection, wait_for
 
 
@@ -74,10 +74,17 @@ def test_every_statistic_is_a_metric(node: Node, store: StoreClient, namespace: 
     for counter in fields(StoreCounters):
         name = f"kvstore_{counter.name}_total"
         assert samples[name] == getattr(now.counters, counter.name), name
+    labels = '{medium="dram",tier="dram"}'
     for gauge in fields(TierState):
-        if gauge.name not in ("name", "medium"):
-            name = f'kvstore_tier_{gauge.name}{{medium="dram",tier="dram"}}'
+        if gauge.name not in ("name", "medium", "counters", "reads", "writes", "eviction_age_s"):
+            name = f"kvstore_tier_{gauge.name}{labels}"
             assert samples[name] == getattr(now.tiers[0], gauge.name), name
+    assert f"kvstore_tier_eviction_age_seconds{labels}" in samples
+    for counter in fields(TierCounters):
+        name = f"kvstore_tier_{counter.name}_total{labels}"
+        assert samples[name] == getattr(now.tiers[0].counters, counter.name), name
+    for calls in ("reads", "writes"):
+        assert f"kvstore_tier_{calls}_seconds_count{labels}" in samples
     for field in fields(NodeStatistics):
         if field.name not in ("node", "epoch", "tiers", "counters"):
             name = field.name.removesuffix("_s") + ("_seconds" if field.name.endswith("_s") else "")

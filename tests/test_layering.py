@@ -17,7 +17,15 @@ ALLOWED = {
     "kvstore.memory": set(),
     "kvstore.block": {"kvstore.errors"},
     "kvstore.node.policy": set(),
-    "kvstore.node.directory": {"kvstore.block", "kvstore.errors", "kvstore.node.policy"},
+    "kvstore.node.ages": set(),
+    "kvstore.node.breaker": set(),
+    "kvstore.node.blocks": {"kvstore.block", "kvstore.node.directory"},  # the latter for a type alone
+    "kvstore.node.directory": {
+        "kvstore.block",
+        "kvstore.errors",
+        "kvstore.node.blocks",
+        "kvstore.node.policy",
+    },
 }
 TIERS_MAY = {"kvstore.block", "kvstore.errors", "kvstore.memory"}
 CLIENT_SIDE = ("client", "channel", "link", "leases", "keeper", "packing", "protocol", "memory", "hashing")
@@ -32,7 +40,15 @@ ONLY_IN = {
     "typer": {"kvstore.cli"},
     "rich": {"kvstore.cli"},
 }
-PURE = ("kvstore.node.directory", "kvstore.node.policy", "kvstore.node.room", "tiers.allocator")
+PURE = (
+    "kvstore.node.ages",
+    "kvstore.node.blocks",
+    "kvstore.node.breaker",
+    "kvstore.node.directory",
+    "kvstore.node.policy",
+    "kvstore.node.room",
+    "tiers.allocator",
+)
 IMPURE_LIBRARIES = {"asyncio", "time", "random", "os", "socket", "threading"}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvstore.block import Namespace
-from kvstore.node.directory import Block
+from kvstore.node.blocks import Block
 from kvstore.node.policy import FIFO, LRU, POLICIES, Entry, Policy
 from tests.test_room import PAGE, PaperTier, Shop
 

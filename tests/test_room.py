@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvstore.block import Medium, Namespace
-from kvstore.node.directory import Block, Shelf, State, TierDirectory
+from kvstore.node.blocks import Block, Shelf, State
+from kvstore.node.directory import TierDirectory
 from kvstore.node.policy import LRU, Policy
 from kvstore.node.room import MOVE_BYTES_MAX, Room
 from tiers.allocator import ALIGNMENT_BYTES, Allocator
@@ -112,7 +113,7 @@ class Shop:
     ) -> None:
         self.tier = tier
         self.directory = TierDirectory(tier.name, tier.medium, LRU() if policy is None else policy)
-        self.room = Room(tier, self.directory, debug=debug)
+        self.room = Room(tier, self.directory, memory=tier, debug=debug)
         if populated:
             self.room.grow(tier.capacity_bytes)
         self.shelf: Shelf = self.directory.shelf(NAMESPACE)

@@ -7,6 +7,7 @@ Idea: TLSF (Masmano et al., 2004): a bitmap over size bins finds a fit without a
 two has 8 bins, and within a bin the best of the first few is taken.
 """
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import Final
 
@@ -32,12 +33,25 @@ class Allocator:
     def grow(self, ready_bytes: int) -> None:
         """Make memory up to `ready_bytes` from the front available."""
         span = Slot(self.ready_bytes, ready_bytes - self.ready_bytes)
-        span.before = self._last
-        if self._last is not None:
-            self._last.after = span
-        self._last = span
-        self.ready_bytes = ready_bytes
+        self._append(span)
         self.free(span)
+
+    def claim(self, pieces: Sequence[tuple[int, int, object]]) -> list[Slot]:
+        """Begin with these pieces (offset, length, owner) taken, which ascend and lie apart; their slots.
+
+        For an allocator that has nothing available yet. All its capacity is after, free but for the pieces.
+        """
+        slots = []
+        for offset, length, owner in pieces:
+            if offset > self.ready_bytes:
+                self.grow(offset)
+            slot = Slot(offset, length)
+            slot.owner = owner
+            self._append(slot)
+            slots.append(slot)
+        if self.capacity_bytes > self.ready_bytes:
+            self.grow(self.capacity_bytes)
+        return slots
 
     def take(self, length: int, owner: object, within: Slot | None = None) -> Slot | None:
         """Take `length` bytes (a multiple of the alignment) for `owner`, or None when no free span fits."""
@@ -128,6 +142,13 @@ class Allocator:
             nearest = own + (larger & -larger).bit_length()
             fitting = list(islice(self._bins[nearest], _LOOKS))
         return min(fitting, key=_length) if len(fitting) > 1 else fitting[0]
+
+    def _append(self, span: Slot) -> None:
+        span.before = self._last
+        if self._last is not None:
+            self._last.after = span
+        self._last = span
+        self.ready_bytes = span.offset + span.length
 
     def _link_after(self, span: Slot) -> None:
         if span.after is None:

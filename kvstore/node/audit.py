@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 from kvstore.node.directory import TierDirectory
 from kvstore.node.lease import Holder
+from kvstore.node.lower import Lower
 from tiers.base import Slot, SlotTier
 
 
@@ -37,4 +38,18 @@ def audit(
         for block in directory.all_blocks()
         if block.pins != pins.get(block, 0)
     ]
+    return wrong
+
+
+def audit_lower(lower: Lower) -> list[str]:
+    """As `audit`, for a tier that no client maps."""
+    blocks = lower.directory.all_blocks()
+    wrong = [
+        f"{block} and its slot do not belong together" for block in blocks if block.slot.owner is not block
+    ]
+    used, accounted = lower.tier.statistics().used_bytes, sum([block.slot.length for block in blocks])
+    if used != accounted:
+        wrong.append(f"{lower.name}: {used} bytes of slots are taken, {accounted} are accounted for")
+    if not lower.calls:
+        wrong += [f"{block} is kept by nobody" for block in blocks if block.pins or block.copies]
     return wrong

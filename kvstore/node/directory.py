@@ -9,92 +9,21 @@ leaves the directory whole. The life of a block in one tier:
     sealed -> doomed   -> absent                         what is removed while pinned
 
 A slot belongs to its block until the block is absent; only then does a method hand it back, and only then
-may it be reused. Readers see `sealed` and `demoting`, nothing else.
+may it be reused. Readers see `sealed` and `demoting`, nothing else. What the node itself reads from a slot
+or into it, to move a block between tiers, is a copy: like a pin it keeps the slot, unlike a pin it does not
+end a demotion. A load that is given up while its copy goes on is doomed as well.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import takewhile
 from typing import Any
 from weakref import WeakValueDictionary
 
 from kvstore.block import HitLength, Medium, Namespace
 from kvstore.errors import InvalidRequest
+from kvstore.node.blocks import Block, Shelf, State
 from kvstore.node.policy import Policy
-
-
-class State(StrEnum):
-    """Where a block is in its life in one tier; absent is no block at all."""
-
-    RESERVED = "reserved"
-    LOADING = "loading"
-    SEALED = "sealed"
-    DEMOTING = "demoting"
-    DOOMED = "doomed"
-    ABSENT = "absent"
-
-
-class Shelf:
-    """One namespace's blocks in one tier: `sealed` is what readers may see, `pending` what they may not.
-
-    Shelves live as long as somebody uses them: a connection, or a block on them.
-    """
-
-    __slots__ = ("__weakref__", "namespace", "pending", "sealed", "tier")
-
-    def __init__(self, tier: "TierDirectory", namespace: Namespace) -> None:
-        self.tier = tier
-        self.namespace = namespace
-        self.sealed: dict[bytes, Block] = {}
-        self.pending: dict[bytes, Block] = {}
-
-
-class Block:
-    """One block in one tier. `slot` is the tier's own (an arena span, a place in a file).
-
-    `generation` is new at every change of state that somebody else will finish, so that a late
-    completion can be told from a current one. `stamp` is the number of the request that used it last, of
-    `TierDirectory.requests`. `parent` and `children` link resident blocks of a prefix.
-    """
-
-    __slots__ = (
-        "children",
-        "generation",
-        "key",
-        "length",
-        "parent",
-        "pins",
-        "shelf",
-        "slot",
-        "stamp",
-        "state",
-    )
-
-    def __init__(self, shelf: Shelf, key: bytes, length: int, slot: Any, state: State) -> None:
-        self.shelf = shelf
-        self.key = key
-        self.length = length
-        self.slot = slot
-        self.state = state
-        self.generation = 0
-        self.stamp = 0
-        self.pins = 0
-        self.parent: Block | None = None
-        self.children = 0
-
-    @property
-    def identity(self) -> tuple[bytes, bytes]:
-        """Namespace id and key: equal for two blocks of the same content."""
-        return self.shelf.namespace.id, self.key
-
-    def __repr__(self) -> str:
-        return f"<{self.state} {self.shelf.namespace} {self.key.hex()[:16]} pins={self.pins}>"
-
-
-def evictable(block: Block) -> bool:
-    """Whether a policy may choose the block: readable, unpinned, and no resident block continues it."""
-    return block.pins == 0 and block.children == 0 and block.state is State.SEALED
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +46,7 @@ class TierDirectory:
         self.medium = medium
         self.policy = policy
         self._shelves: WeakValueDictionary[bytes, Shelf] = WeakValueDictionary()
-        self._generation = 0
+        self.generation = 0
         self.requests = 0
         self._sealed = self._sealed_bytes = 0
         self._pending = 0
@@ -135,6 +64,10 @@ class TierDirectory:
         if shelf is None:
             shelf = self._shelves[namespace.id] = Shelf(self, namespace)
         return shelf
+
+    def known(self, namespace: Namespace) -> Shelf | None:
+        """The namespace's shelf, if it is in use."""
+        return self._shelves.get(namespace.id)
 
     def compare(self, namespace_id: bytes, namespace: Namespace) -> None:
         """Raise InvalidRequest if another namespace than this one has that id here; all fields count."""
@@ -188,6 +121,32 @@ class TierDirectory:
         self._pending -= 1
         return self._absent(block)
 
+    # What the node's own I/O does.
+
+    def hold(self, blocks: Iterable[Block]) -> None:
+        """Begin copies from or to these blocks' slots: each keeps its slot until let go."""
+        for block in blocks:
+            block.copies += 1
+
+    def let_go(self, block: Block) -> Any:
+        """End one copy. The slot, if the block was doomed and this was all that kept it, else None."""
+        block.copies -= 1
+        if block.copies == 0:
+            if block.state is State.DOOMED and block.pins == 0:
+                self._doomed.remove(block)
+                return self._absent(block)
+            self.policy.freed([block])
+        return None
+
+    def give_up(self, block: Block) -> None:
+        """Nobody waits for this reserved or loading block any more; its copy goes on and keeps the slot."""
+        del block.shelf.pending[block.key]
+        self._pending -= 1
+        block.state = State.DOOMED
+        block.generation = self._next_generation()
+        self._doomed.add(block)
+        self._unlink(block)
+
     # What readers do.
 
     def pin(self, blocks: Sequence[Block]) -> None:
@@ -213,7 +172,7 @@ class TierDirectory:
             if pins == 0:
                 last += 1
                 last_bytes += block.length
-                if block.state is State.DOOMED:
+                if block.state is State.DOOMED and block.copies == 0:
                     self._doomed.remove(block)
                     slots.append(self._absent(block))
         self._pinned -= last
@@ -258,10 +217,10 @@ class TierDirectory:
         return True, self.evict(block)
 
     def remove(self, block: Block) -> tuple[bool, Any]:
-        """Hide a readable block for good: (True, slot), or (False, None) while pins keep its slot."""
+        """Hide a readable block for good: (True, slot), or (False, None) while pins or copies keep it."""
         self._hide(block)
         self.policy.left(block, evicted=False)
-        if block.pins:
+        if block.pins or block.copies:
             block.state = State.DOOMED
             self._doomed.add(block)
             self._unlink(block)
@@ -304,7 +263,11 @@ class TierDirectory:
             *((b.pins < 0, f"{b} has negative pins") for b in resident),
             *((b.state not in (State.SEALED, State.DEMOTING), f"{b} is readable") for b in sealed),
             *((b.state not in (State.RESERVED, State.LOADING), f"{b} is pending") for b in pending),
-            *((b.pins == 0, f"{b} is doomed and unpinned") for b in self._doomed),
+            *((not (b.pins or b.copies), f"{b} is doomed and nobody keeps it") for b in self._doomed),
+            *(
+                (b.copies < 0 or b.owed < 0, f"{b} has negative copies or is owed less than 0")
+                for b in resident
+            ),
             *((b.children != children.get(b, 0), f"{b} has {b.children} children counted") for b in resident),
         ]
         return [f"{self.name}: {text}" for bad, text in wrong if bad]
@@ -328,8 +291,8 @@ class TierDirectory:
                 self.policy.freed([parent])
 
     def _next_generation(self) -> int:
-        self._generation += 1
-        return self._generation
+        self.generation += 1
+        return self.generation
 
 
 class Directory:
@@ -337,6 +300,10 @@ class Directory:
 
     def __init__(self, tiers: Sequence[TierDirectory]) -> None:
         self.tiers = tuple(tiers)
+
+    def shelves(self, namespace: Namespace) -> tuple[Shelf, ...]:
+        """The namespace's shelf in each tier, made if need be; raises as `TierDirectory.shelf` does."""
+        return tuple([tier.shelf(namespace) for tier in self.tiers])
 
     def hit_length(self, shelves: Sequence[Shelf], keys: Sequence[bytes]) -> HitLength:
         """How many leading keys are here, cumulative per medium; `shelves` one per tier, fastest first."""

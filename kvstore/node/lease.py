@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.errors import InvalidRequest, LeaseError
-from kvstore.node.directory import Block, Shelf
+from kvstore.node.blocks import Block, Shelf
 from tiers.base import Slot
 
 
@@ -90,3 +90,10 @@ class Grant:
     lease: WriteLease
     status: bytes
     slots: Sequence[Slot]
+
+
+def check_distinct(keys: Sequence[bytes]) -> None:
+    """Raise InvalidRequest when a key occurs twice."""
+    if len(set(keys)) != len(keys):
+        twice = next(key for index, key in enumerate(keys) if key in keys[:index])
+        raise InvalidRequest(f"key {twice.hex()} occurs twice in {len(keys)} keys; give each key once")

@@ -4,15 +4,17 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from kvstore.node.directory import Shelf
+from kvstore.node.arena import ROOM
+from kvstore.node.blocks import Block
 from kvstore.node.lease import Grant, Holder, ReadLease
-from kvstore.node.store import ROOM, Store
+from kvstore.node.promote import Shelves
+from kvstore.node.store import Store
 
 
 async def reserve(
     store: Store,
     holder: Holder,
-    shelf: Shelf,
+    shelves: Shelves,
     keys: Sequence[bytes],
     lengths: Sequence[int],
     wait_s: float,
@@ -20,44 +22,86 @@ async def reserve(
     parent: bytes | None,
     tokens: bytes | None,
 ) -> Grant:
-    """Like `Store.reserve`, but wait up to `wait_s` for room. While it waits it holds nothing.
+    """Like `Writers.reserve`, but wait up to `wait_s` for room. While it waits it holds nothing.
 
     What more than the holder's limit or the arena would be needed for is not waited for. Cancelling
     reserves nothing.
     """
     deadline = time.monotonic() + wait_s
-    possible = sum(lengths) <= min(holder.reserved_bytes_max, store.tier.capacity_bytes)
+    possible = sum(lengths) <= min(holder.reserved_bytes_max, store.arena.tier.capacity_bytes)
     while True:
-        grant = store.reserve(holder, shelf, keys, lengths, parent=parent, tokens=tokens)
+        grant = store.writers.reserve(holder, shelves, keys, lengths, parent=parent, tokens=tokens)
         remaining = deadline - time.monotonic()
         if b"r" not in grant.status or remaining <= 0 or not possible:
             return grant
-        store.undo(holder, grant.lease)
+        store.writers.undo(holder, grant.lease)
         await store.waiting.wait(ROOM, remaining)
 
 
 async def acquire(
-    store: Store, holder: Holder, shelf: Shelf, keys: Sequence[bytes], wait_s: float
+    store: Store, holder: Holder, shelves: Shelves, keys: Sequence[bytes], wait_s: float
 ) -> ReadLease:
-    """Like `Store.acquire`, but wait up to `wait_s` for keys that are being written now.
+    """Like `Readers.acquire`, but wait up to `wait_s` for keys that are below, or being written now.
 
     What is ready is pinned at once. Ends early at a key that nobody has announced. Cancelling releases
-    what was pinned.
+    what was pinned; what is being loaded arrives all the same.
     """
     deadline = time.monotonic() + wait_s
-    lease = store.acquire_nothing(keys)
-    store.extend(holder, shelf, lease, keys)
+    readers = store.readers
+    lease = readers.acquire_nothing(keys)
+    readers.extend(holder, shelves[0], lease, keys)
+    readers.looked(len(lease.blocks), len(keys))
     try:
         while len(lease.blocks) < len(keys) and not lease.limited:
-            pending = shelf.pending.get(keys[len(lease.blocks)])
             remaining = deadline - time.monotonic()
-            if pending is None or remaining <= 0:
+            subject = _prefix_under_way(store, holder, shelves, keys[len(lease.blocks) :])
+            if subject is None or remaining <= 0:
                 break
-            await store.waiting.wait(pending, remaining)
-            store.extend(holder, shelf, lease, keys)
+            await store.waiting.wait(subject, remaining)
+            readers.extend(holder, shelves[0], lease, keys)
     except asyncio.CancelledError:
         if lease.id in holder.reads:
-            store.release(holder, lease.id)
+            readers.release(holder, lease.id)
         raise
-    store.count_hits(lease, keys)
+    readers.count_hits(lease, keys)
+    store.movements.missed(len(keys) - len(lease.blocks))
     return lease
+
+
+async def acquire_each(
+    store: Store, holder: Holder, items: Sequence[tuple[Shelves, bytes]], wait_s: float
+) -> tuple[ReadLease, bytes]:
+    """Like `Readers.acquire_each`, but wait up to `wait_s` for what is below, or being written now."""
+    deadline = time.monotonic() + wait_s
+    while (remaining := deadline - time.monotonic()) > 0:
+        missing = [(shelves, key) for shelves, key in items if key not in shelves[0].sealed]
+        subject = _under_way(store, holder, missing)
+        if subject is None:
+            break
+        await store.waiting.wait(subject, remaining)
+    lease, found = store.readers.acquire_each(holder, items)
+    store.movements.missed(len(items) - len(lease.blocks))
+    return lease, found
+
+
+def _prefix_under_way(
+    store: Store, holder: Holder, shelves: Shelves, keys: Sequence[bytes]
+) -> Block | str | None:
+    """Begin to load what can be had of these leading keys; what to wait for until the first may be here."""
+    arena = shelves[0]
+    items = []
+    for key in keys:
+        if key not in arena.sealed and key not in arena.pending and not store.movements.below(shelves, key):
+            break
+        items.append((shelves, key))
+    return _under_way(store, holder, items)
+
+
+def _under_way(store: Store, holder: Holder, items: Sequence[tuple[Shelves, bytes]]) -> Block | str | None:
+    """Begin to load what is below; what to wait for until more may be here. None when there is nothing."""
+    store.movements.promoter.load(items, holder.pinned_bytes_max - holder.pinned_bytes)
+    for shelves, key in items:
+        if (pending := shelves[0].pending.get(key)) is not None:
+            return pending
+    below = store.movements.below
+    return ROOM if any(key not in s[0].sealed and below(s, key) for s, key in items) else None

@@ -1,7 +1,7 @@
 """The order in which unpinned blocks leave a tier. A policy orders blocks and nothing more.
 
 It holds no bytes, takes no locks, does no I/O and knows no tier: what may leave is the directory's to
-say. A third policy is one class with the five methods of `Policy` and one entry in `POLICIES`.
+say. A third policy is one class with the methods of `Policy` and one entry in `POLICIES`.
 """
 
 from bisect import bisect_left, insort
@@ -34,6 +34,9 @@ class Policy(Protocol):
         Blocks that are refused may be set aside until `freed` names them, so that a thousand pinned
         blocks are passed over once and not at every eviction.
         """
+
+    def coldest(self) -> Iterator[Entry]:
+        """All blocks about in the order in which they should leave, refused or not; sets none aside."""
 
     def freed(self, blocks: Sequence[Entry]) -> None:
         """These blocks may be evictable again: their last pin or their last child is gone."""
@@ -85,6 +88,13 @@ class FIFO:
                     self._ranks += 1
                     self._aside[block] = self._ranks
             chunk *= 4  # most callers want one; for those who want many, linear in all
+
+    def coldest(self) -> Iterator[Entry]:
+        # Those aside and those back are all older than the rest; between the two the order is not kept.
+        yield from self._aside
+        for _, block in self._back:
+            yield block
+        yield from self._order
 
     def freed(self, blocks: Sequence[Entry]) -> None:
         if not self._aside:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final, cast
 
-from kvstore.node.directory import Block, State, TierDirectory, evictable
-from tiers.base import Slot, SlotTier
+from kvstore.node.blocks import Block, evictable, idle
+from kvstore.node.directory import TierDirectory
+from tiers.base import Slot, SlotTier, Space
 
 # Moved by one request at most, copied on the event loop: 8 MiB take about 1.2 ms.
 MOVE_BYTES_MAX: Final = 8 << 20
@@ -39,20 +40,24 @@ class RoomStatistics:
 
 
 class Room:
-    """Gives out the slots of a tier.
+    """Gives out slots of a space, be it memory or a file.
 
     `evicted` collects the blocks that have left since `begin`; the caller announces them before it tells
     anyone of the slots. `debug` poisons freed slots and uses them again as late as it can, so that whoever
     reads after release or writes after commit is found; `late_bytes` are in the slots that it holds back.
+    `memory` is the space again where its bytes can be moved and poisoned.
     """
 
-    def __init__(self, tier: SlotTier, directory: TierDirectory, *, debug: bool) -> None:
-        self._tier = tier
+    def __init__(
+        self, space: Space, directory: TierDirectory, *, memory: SlotTier | None = None, debug: bool = False
+    ) -> None:
+        self._space = space
+        self._memory = memory
         self._directory = directory
         self._debug = debug
         self._late: deque[Slot] = deque()  # freed slots that debug holds back
         self.late_bytes = 0
-        self._populated = False
+        self._populated = memory is None
         self.evicted: list[Block] = []
         self._move_bytes_left = self._steps_left = 0
         self._evicted_blocks = self._evicted_bytes = self._moved_blocks = self._moved_bytes = 0
@@ -76,20 +81,20 @@ class Room:
 
     def free(self, slot: Slot) -> None:
         """Give a slot back."""
-        if not self._debug:
-            self._tier.free(slot)
+        if not self._debug or self._memory is None:
+            self._space.free(slot)
             return
-        self._tier.poison(slot)
+        self._memory.poison(slot)
         slot.owner = self
         self._late.append(slot)
         self.late_bytes += slot.length
-        while self.late_bytes > self._tier.capacity_bytes // 8:
+        while self.late_bytes > self._space.capacity_bytes // 8:
             self._free_oldest()
 
     def grow(self, ready_bytes: int) -> None:
         """The tier's memory is populated up to here."""
-        self._tier.grow(ready_bytes)
-        self._populated = ready_bytes == self._tier.capacity_bytes
+        self._space.grow(ready_bytes)
+        self._populated = ready_bytes == self._space.capacity_bytes
 
     def statistics(self) -> RoomStatistics:
         """Totals since start."""
@@ -98,24 +103,25 @@ class Room:
         )
 
     def _take(self, length: int) -> Slot | None:
-        slot = self._tier.take(length, self)
+        slot = self._space.take(length, self)
         if slot is not None or not self._populated:
             return slot
-        wanted = self._tier.slot_length(length)
-        if self._tier.free_bytes >= max(wanted, self._tier.capacity_bytes // _MOVE_WHEN_FREE):
-            hole = self._compacted(wanted)
+        wanted = self._space.slot_length(length)
+        worth = max(wanted, self._space.capacity_bytes // _MOVE_WHEN_FREE)
+        if self._memory is not None and self._space.free_bytes >= worth:
+            hole = self._compacted(self._memory, wanted)
             if hole is not None:
-                return self._tier.take(length, self, hole)
+                return self._space.take(length, self, hole)
         coldest = self._coldest()
         if coldest is not None and coldest.slot.length == wanted:
             return self._evicted(coldest)
         window = self._window(wanted)
-        return None if window is None else self._tier.take(length, self, self._emptied(window))
+        return None if window is None else self._space.take(length, self, self._emptied(window))
 
     def _free_oldest(self) -> None:
         slot = self._late.popleft()
         self.late_bytes -= slot.length
-        self._tier.free(slot)
+        self._space.free(slot)
 
     # Evicting.
 
@@ -153,7 +159,7 @@ class Room:
         """Evict the window's blocks, children before parents; the answer is the free slot left."""
         hole = window.slots()[0]
         for block in window.blocks:
-            hole = self._tier.free(self._evicted(block))
+            hole = self._space.free(self._evicted(block))
         return hole
 
     def _evicted(self, block: Block) -> Slot:
@@ -163,39 +169,38 @@ class Room:
         self.evicted.append(block)
         slot = cast(Slot, self._directory.evict(block))
         slot.owner = self
-        if self._debug:
-            self._tier.poison(slot)
+        if self._debug and self._memory is not None:
+            self._memory.poison(slot)
         return slot
 
     # Moving.
 
-    def _compacted(self, wanted: int) -> Slot | None:
+    def _compacted(self, memory: SlotTier, wanted: int) -> Slot | None:
         """Join free pieces by moving the blocks between them; None when no cheap enough place is there."""
-        for hole in self._tier.largest(_SEEDS):
+        for hole in self._space.largest(_SEEDS):
             window = _Window(hole)
             grown = window.grow(wanted, lambda w, b: w.block_bytes + b.slot.length <= self._move_bytes_left)
             self._steps_left -= len(window.blocks)
             if grown:
                 # Only once: having tried, other free slots may no longer be what they were.
-                return self._moved_away(window)
+                return self._moved_away(memory, window)
             if self._steps_left <= 0:
                 break
         return None
 
-    def _moved_away(self, window: "_Window") -> Slot | None:
-        tier = self._tier
+    def _moved_away(self, memory: SlotTier, window: "_Window") -> Slot | None:
         # Take the window's own free pieces, so that nothing moves into them.
-        pieces = [tier.take(s.length, window, s) for s in window.slots() if s.owner is None]
+        pieces = [memory.take(s.length, window, s) for s in window.slots() if s.owner is None]
         targets: list[Slot] = []
         for block in window.blocks:
-            target = tier.take(block.slot.length, window)
+            target = memory.take(block.slot.length, window)
             if target is None:
                 break
             targets.append(target)
         fits = len(targets) == len(window.blocks)
         if fits:
             for block, target in zip(window.blocks, targets, strict=True):
-                tier.move(block.slot, target)
+                memory.move(block.slot, target)
                 pieces.append(block.slot)
                 block.slot, target.owner = target, block
                 self._moved_blocks += 1
@@ -206,7 +211,7 @@ class Room:
         joined: Slot | None = None
         for piece in pieces:
             assert piece is not None
-            joined = tier.free(piece)
+            joined = memory.free(piece)
         return joined if fits else None
 
 
@@ -224,8 +229,8 @@ class _Window:
         self._enter(seed)
 
     def may_evict(self, block: Block) -> bool:
-        """No resident block outside the window may continue a block that leaves with it."""
-        return block.children == self._children_inside.get(block, 0)
+        """No resident block outside the window may continue a block that leaves with it, and none be owed."""
+        return block.owed == 0 and block.children == self._children_inside.get(block, 0)
 
     def grow(self, wanted: int, may_enter: Callable[["_Window", Block], bool]) -> bool:
         """Extend to either side until `wanted` bytes are inside; False when pins or `may_enter` stop it."""
@@ -294,12 +299,7 @@ class _Window:
         if block is None:
             return True
         # A slot's owner that is no block is somebody who must not be disturbed.
-        return (
-            isinstance(block, Block)
-            and block.pins == 0
-            and block.state is State.SEALED
-            and may_enter(self, block)
-        )
+        return isinstance(block, Block) and idle(block) and may_enter(self, block)
 
     def _dispensable(self, slot: Slot, wanted: int, blocks: set[Block]) -> bool:
         block = slot.owner
@@ -322,9 +322,7 @@ class _Condemned:
 
     def may_leave(self, block: Block) -> bool:
         """As `evictable`, were all that is condemned gone."""
-        return (
-            block.pins == 0 and block.state is State.SEALED and block.children == self._children.get(block, 0)
-        )
+        return idle(block) and block.owed == 0 and block.children == self._children.get(block, 0)
 
     def add_descendants(self, blocks: list[Block]) -> None:
         """Put in front of `blocks` those that continue them and lie elsewhere: they cannot stay alone."""

@@ -40,7 +40,7 @@ class Limits:
 
 
 class Server:
-    """Sessions over a store; implements `kvstore.node.session.Host`."""
+    """Sessions over a store; implements `kvstore.node.host.Host`."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class Server:
             if maps:
                 with connection.socket as sock:
                     pid, pidfd = peer_pidfd(sock)
-            capacity = self.store.tier.capacity_bytes
+            capacity = self.store.arena.tier.capacity_bytes
             holder = Holder(
                 name=f"client {self._names} (pid {pid})" if maps else f"client {self._names} (tcp)",
                 pinned_bytes_max=int(capacity * self._limits.client_pinned_fraction),
@@ -204,6 +204,7 @@ class Server:
         self._cpu_s = cpu_s
         if now >= self._next_sweep:
             self._next_sweep = now + FRAME_TIMEOUT_S / 10
+            self.store.sample()
             for session, (connection, _) in list(self._sessions.items()):
                 connection.expire(FRAME_TIMEOUT_S, welcomed=session.welcomed)
         self._tick = asyncio.get_running_loop().call_later(_TICK_S, self._watch, time.monotonic() + _TICK_S)

@@ -4,12 +4,11 @@ Requests are answered as they come; those that have to wait are answered later, 
 """
 
 import asyncio
-import hmac
 import logging
 import os
 import secrets
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from kvstore import packing, protocol
 from kvstore.block import Namespace
@@ -18,15 +17,15 @@ from kvstore.errors import (
     KVStoreError,
     LeaseError,
     ProtocolError,
-    Unauthorized,
 )
 from kvstore.node import patience
 from kvstore.node.connection import Connection, discarding
-from kvstore.node.directory import Shelf
+from kvstore.node.greeting import Greeting
+from kvstore.node.host import Host
 from kvstore.node.lease import Grant, Holder, ReadLease
-from kvstore.node.store import Store
+from kvstore.node.listing import Listing
+from kvstore.node.promote import Shelves
 from kvstore.protocol import BODY_BYTES_MAX, HELLO_BYTES_MAX, LIST_PAGE_MAX, frame
-from kvstore.statistics import NodeStatistics
 from tiers.base import Slot
 
 logger = logging.getLogger(__name__)
@@ -37,36 +36,6 @@ NAMESPACES_MAX: Final = 65_536
 LEASE_TTL_S: Final = 30.0
 # Waiting requests of one client; each holds a task of some KB.
 _WAITING_MAX: Final = 256
-
-
-class Host(Protocol):
-    """What a session needs of the server that it belongs to."""
-
-    node: str
-    epoch: int
-    token: str | None
-    store: Store
-
-    def open_arena(self, arena: int, *, writable: bool) -> int:
-        """A descriptor that the caller closes. Raises InvalidRequest when there is no such arena."""
-
-    def arena_bytes(self) -> list[int]:
-        """The size of each arena."""
-
-    def statistics(self) -> NodeStatistics:
-        """The node's."""
-
-    def check(self) -> list[str]:
-        """What is wrong in the node."""
-
-    def reclaim(self, resume: Sequence[bytes], held: Sequence[int]) -> list[Holder]:
-        """A client is back: those of its lost sessions that still hold some of the leases `held`."""
-
-    def leave(self, session: "Session") -> None:
-        """The session's connection is lost."""
-
-    def emptied(self, holder: Holder) -> None:
-        """A quarantined holder may hold nothing any more."""
 
 
 class Session:
@@ -80,10 +49,10 @@ class Session:
         self.id = secrets.token_bytes(16)
         self.body_bytes_max = HELLO_BYTES_MAX
         self._earlier: list[Holder] = []  # what this client holds of connections it lost
-        self._hello: protocol.Hello | None = None
-        self._daemon_nonce = b""
-        self.welcomed = False
-        self._shelves: list[Shelf] = []
+        # Whoever may open the socket needs no token.
+        self._greeting = Greeting(None if holder.maps else host.token, holder.name)
+        self._shelves: list[Shelves] = []
+        self._listing = Listing()
         self._handles: dict[Namespace, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._committing: tuple[int, protocol.Commit, KVStoreError | None] | None = None
@@ -100,15 +69,20 @@ class Session:
             protocol.HitEach: self._hit_each,
             protocol.Remove: self._remove,
             protocol.ListKeys: self._list,
-            protocol.GetStatistics: lambda _, __: protocol.Statistics(self._host.statistics()),
-            protocol.Check: lambda _, __: protocol.Report(self._host.check()),
+            protocol.GetStatistics: lambda _, __: protocol.Statistics(host.statistics()),
+            protocol.Check: lambda _, __: protocol.Report(host.check()),
         }
+
+    @property
+    def welcomed(self) -> bool:
+        """Whether hello is over."""
+        return self._greeting.done
 
     # Handler of the connection.
 
     def received(self, request_id: int, body: memoryview, payload_bytes: int) -> Sequence[memoryview]:
         request = protocol.decode_request(body)
-        if not self.welcomed:
+        if not self._greeting.done:
             if payload_bytes:
                 raise ProtocolError(
                     f"{payload_bytes} bytes of payload after {type(request).__name__}; give none"
@@ -147,33 +121,12 @@ class Session:
     # Hello.
 
     def _greet(self, request_id: int, request: protocol.Request) -> None:
-        if isinstance(request, protocol.Hello) and self._hello is None:
-            if request.major != protocol.MAJOR:
-                raise ProtocolError(
-                    f"protocol {request.major}.{request.minor} asked for; this daemon speaks "
-                    f"{protocol.MAJOR}.{protocol.MINOR}: use a client of the daemon's version"
-                )
-            self._hello = request
-            token = self._host.token
-            if token is None or self.holder.maps:
-                self._welcome(request_id, request)
-                return
-            self._daemon_nonce = secrets.token_bytes(32)
-            proof = protocol.token_proof(token, "daemon", request.nonce, self._daemon_nonce)
-            self._answer(request_id, protocol.Challenge(self._daemon_nonce, proof))
-        elif isinstance(request, protocol.Proof) and self._hello is not None:
-            token = self._host.token or ""
-            wanted = protocol.token_proof(token, "client", self._hello.nonce, self._daemon_nonce)
-            if not hmac.compare_digest(wanted, request.proof):
-                logger.warning("refused a client without the right token: %s", self.holder.name)
-                raise Unauthorized("the token is wrong; give the daemon's token")
-            self._welcome(request_id, self._hello)
-        else:
-            due = "Hello" if self._hello is None else "Proof"
-            raise ProtocolError(f"{type(request).__name__} before {due}; send {due} first")
-
-    def _welcome(self, request_id: int, hello: protocol.Hello) -> None:
-        self.welcomed = True
+        challenge = self._greeting.receive(request)
+        if challenge is not None:
+            self._answer(request_id, challenge)
+            return
+        hello = self._greeting.hello
+        assert hello is not None
         self.body_bytes_max = BODY_BYTES_MAX
         self._earlier = self._host.reclaim(hello.resume, hello.held)
         arena_bytes = self._host.arena_bytes() if self.holder.maps else []
@@ -202,7 +155,7 @@ class Session:
                     "open another connection"
                 )
             handle = self._handles[namespace] = len(self._shelves)
-            self._shelves.append(self._store.directory.tiers[0].shelf(namespace))
+            self._shelves.append(self._store.directory.shelves(namespace))
         return protocol.Opened(handle)
 
     def _open_arena(self, request_id: int, request: protocol.OpenArena) -> None:
@@ -214,18 +167,19 @@ class Session:
     # Writers.
 
     def _reserve(self, request_id: int, request: protocol.Reserve) -> protocol.Answer | None:
-        shelf = self._shelf(request.namespace)
+        shelves = self._shelves_of(request.namespace)
         keys = packing.unpack_keys(request.keys)
         lengths = packing.spread(request.lengths, len(keys))
         wait_s = packing.check_wait(request.wait_s)
         arguments = {"parent": request.parent, "tokens": request.tokens}
-        grant = self._store.reserve(self.holder, shelf, keys, lengths, **arguments)
+        writers = self._store.writers
+        grant = writers.reserve(self.holder, shelves, keys, lengths, **arguments)
         if wait_s == 0 or b"r" not in grant.status:
             return self._granted(grant)
-        self._store.undo(self.holder, grant.lease)
+        writers.undo(self.holder, grant.lease)
 
         async def wait() -> protocol.Answer:
-            waited = patience.reserve(self._store, self.holder, shelf, keys, lengths, wait_s, **arguments)
+            waited = patience.reserve(self._store, self.holder, shelves, keys, lengths, wait_s, **arguments)
             return self._granted(await waited)
 
         self._answer_later(request_id, wait())
@@ -244,11 +198,11 @@ class Session:
         return self._seal(request)
 
     def _seal(self, request: protocol.Commit) -> protocol.Answer:
-        return protocol.Count(self._store.commit(self.holder, request.lease, request.indices))
+        return protocol.Count(self._store.writers.commit(self.holder, request.lease, request.indices))
 
     def _abort(self, _: int, request: protocol.Abort) -> protocol.Answer:
         earlier = next((h for h in self._earlier if request.lease in h.writes), None)
-        self._store.abort(earlier or self.holder, request.lease)
+        self._store.writers.abort(earlier or self.holder, request.lease)
         if earlier is not None:
             self._host.emptied(earlier)
         return protocol.Done()
@@ -266,7 +220,7 @@ class Session:
         error: KVStoreError | None = None
         views: list[memoryview] = []
         try:
-            views = self._store.writable(self.holder, request.lease, request.indices)
+            views = self._store.writers.writable(self.holder, request.lease, request.indices)
             size = sum(map(len, views))
             if size != payload_bytes:
                 error = InvalidRequest(f"payload is {payload_bytes} bytes; the blocks have {size}")
@@ -283,27 +237,37 @@ class Session:
         if self._committing is not None and self._committing[1].lease == lease_id:
             self._expire_later(lease_id)
         elif lease_id in self.holder.writes:
-            self._store.abort(self.holder, lease_id)
+            self._store.writers.abort(self.holder, lease_id)
 
     # Readers.
 
     def _acquire(self, request_id: int, request: protocol.Acquire) -> protocol.Answer | None:
-        shelf = self._shelf(request.namespace)
+        shelves = self._shelves_of(request.namespace)
         keys = packing.unpack_keys(request.keys)
         wait_s = packing.check_wait(request.wait_s)
-        if wait_s == 0 or next((key for key in keys if key not in shelf.sealed), None) not in shelf.pending:
-            return self._acquired(request_id, self._store.acquire(self.holder, shelf, keys))
+        if wait_s == 0 or not self._worth_waiting(shelves, keys):
+            return self._acquired(request_id, self._store.readers.acquire(self.holder, shelves[0], keys))
 
         async def wait() -> protocol.Answer | None:
-            lease = await patience.acquire(self._store, self.holder, shelf, keys, wait_s)
+            lease = await patience.acquire(self._store, self.holder, shelves, keys, wait_s)
             return self._acquired(request_id, lease)
 
         self._answer_later(request_id, wait())
         return None
 
     def _acquire_each(self, request_id: int, request: protocol.AcquireEach) -> protocol.Answer | None:
-        lease, found = self._store.acquire_each(self.holder, self._items(request))
-        return self._acquired(request_id, lease, found)
+        items = self._items(request)
+        wait_s = packing.check_wait(request.wait_s)
+        if wait_s == 0 or all(key in shelves[0].sealed for shelves, key in items):
+            lease, found = self._store.readers.acquire_each(self.holder, items)
+            return self._acquired(request_id, lease, found)
+
+        async def wait() -> protocol.Answer | None:
+            lease, found = await patience.acquire_each(self._store, self.holder, items, wait_s)
+            return self._acquired(request_id, lease, found)
+
+        self._answer_later(request_id, wait())
+        return None
 
     def _acquired(self, request_id: int, lease: ReadLease, found: bytes = b"") -> protocol.Answer | None:
         blocks = lease.blocks
@@ -313,18 +277,18 @@ class Session:
         if self.holder.maps or not blocks:
             return answer
         # No memory is shared: send the bytes, and unpin once they are sent.
-        views = [self._store.tier.view(block.slot)[: block.length] for block in blocks]
+        views = [self._store.arena.tier.view(block.slot)[: block.length] for block in blocks]
         data = frame(request_id, answer, lease.block_bytes)
-        self._connection.send(data, views, after=lambda: self._store.release(self.holder, lease.id))
+        self._connection.send(data, views, after=lambda: self._store.readers.release(self.holder, lease.id))
         return None
 
     def _release(self, _: int, request: protocol.Release) -> protocol.Answer:
         missing = 0
         for lease_id in request.leases:
             if lease_id in self.holder.reads:
-                self._store.release(self.holder, lease_id)
+                self._store.readers.release(self.holder, lease_id)
             elif (earlier := next((h for h in self._earlier if lease_id in h.reads), None)) is not None:
-                self._store.release(earlier, lease_id)
+                self._store.readers.release(earlier, lease_id)
                 self._host.emptied(earlier)
             else:
                 missing = lease_id
@@ -334,22 +298,30 @@ class Session:
 
     def _hit_length(self, _: int, request: protocol.HitLengthOf) -> protocol.Answer:
         keys = packing.unpack_keys(request.keys)
-        hits = self._store.hit_length([self._shelf(request.namespace)], keys)
+        hits = self._store.readers.hit_length(self._shelves_of(request.namespace), keys)
         return protocol.Hits(hits.gpu, hits.dram, hits.nvme, hits.remote)
 
     def _hit_each(self, _: int, request: protocol.HitEach) -> protocol.Answer:
-        return protocol.Found(self._store.hit_each(self._items(request)))
+        return protocol.Found(self._store.readers.hit_each(self._items(request)))
 
-    def _remove(self, _: int, request: protocol.Remove) -> protocol.Answer:
+    def _remove(self, request_id: int, request: protocol.Remove) -> protocol.Answer | None:
         keys = packing.unpack_keys(request.keys)
-        return protocol.Count(self._store.remove(self._shelf(request.namespace), keys))
+        count, lasting = self._store.remove(self._shelves_of(request.namespace), keys)
+        if lasting is None:
+            return protocol.Count(count)
+
+        async def wait() -> protocol.Answer:
+            await lasting
+            return protocol.Count(count)
+
+        self._answer_later(request_id, wait())
+        return None
 
     def _list(self, _: int, request: protocol.ListKeys) -> protocol.Answer:
-        entries, after = self._store.page(self._shelf(request.namespace), request.after, LIST_PAGE_MAX)
-        if not entries:
-            return protocol.Page(protocol.Keys(b"", []), [], 0)
-        keys = packing.pack_keys([key for key, _ in entries])
-        return protocol.Page(keys, [length for _, length in entries], after or 0)
+        shelves = self._shelves_of(request.namespace)
+        blocks, cursor = self._listing.page(shelves, request.after, LIST_PAGE_MAX)
+        keys = packing.pack_keys([block.key for block in blocks]) if blocks else protocol.Keys(b"", [])
+        return protocol.Page(keys, [block.length for block in blocks], cursor)
 
     # Helpers.
 
@@ -374,20 +346,28 @@ class Session:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _shelf(self, handle: int) -> Shelf:
+    def _worth_waiting(self, shelves: Shelves, keys: Sequence[bytes]) -> bool:
+        """Whether the first key that is not in the arena may be there soon."""
+        arena = shelves[0]
+        missing = next((key for key in keys if key not in arena.sealed), None)
+        if missing is None:
+            return False
+        return missing in arena.pending or self._store.movements.below(shelves, missing)
+
+    def _shelves_of(self, handle: int) -> Shelves:
         if not 0 <= handle < len(self._shelves):
             raise InvalidRequest(
                 f"namespace handle {handle}; this connection has opened {len(self._shelves)}: open it first"
             )
         return self._shelves[handle]
 
-    def _items(self, request: protocol.AcquireEach | protocol.HitEach) -> list[tuple[Shelf, bytes]]:
+    def _items(self, request: protocol.AcquireEach | protocol.HitEach) -> list[tuple[Shelves, bytes]]:
         keys = packing.unpack_keys(request.keys)
         handles = packing.spread(request.namespaces, len(keys))
-        return [(self._shelf(handle), key) for handle, key in zip(handles, keys, strict=True)]
+        return [(self._shelves_of(handle), key) for handle, key in zip(handles, keys, strict=True)]
 
     def _slots(self, slots: Sequence[Slot], lengths: Sequence[int]) -> protocol.Slots:
         if not self.holder.maps:
             return protocol.Slots(0, [], packing.gather(lengths))
-        arena = self._store.tier.arena
+        arena = self._store.arena.tier.arena
         return protocol.Slots(arena, [slot.offset for slot in slots], packing.gather(lengths))

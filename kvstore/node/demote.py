@@ -1,0 +1,350 @@
+"""Write-behind and demotion: blocks of the arena, copied into the tiers below.
+
+A tier of several of one medium gets a block, the least busy one. What a tier below is still owed stays in
+the arena until it is written, which is how a slow disk holds writers back; what a failing one is owed may go.
+"""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final, cast
+
+from kvstore.node.arena import ROOM, Arena
+from kvstore.node.blocks import Block, State, idle
+from kvstore.node.lower import Lower
+from tiers.base import Transfer
+
+# Written by one call: small blocks share it.
+_CALL_BYTES: Final = 2 << 20
+# Blocks looked at for one call, under 1 us each.
+_LOOKS_MAX: Final = 2048
+# Blocks whose owing is changed before others have their turn.
+_TURN: Final = 512
+
+
+@dataclass(slots=True)
+class _Write:
+    block: Block
+    owed: bool
+    generation: int | None  # of the demotion, where it is one
+    parent: Block | None
+    below: Block
+    transfer: Transfer
+    forgotten: bool = False
+
+
+class Demoter:
+    """Writes blocks of an arena into the tiers below it."""
+
+    def __init__(self, arena: Arena, lowers: Sequence[Lower]) -> None:
+        self._arena = arena
+        self._lowers = tuple(lowers)
+        media = dict.fromkeys(lower.tier.medium for lower in lowers)
+        self._groups = [[low for low in lowers if low.tier.medium is medium] for medium in media]
+        self._admits_by_hits = any(lower.rules.admit_hits for lower in lowers)
+        self._hits: dict[Block, int] = {}
+        self._writes: dict[Block, _Write] = {}  # by the block below
+        self._leaving_children: dict[Block, int] = {}
+        self._leaving_bytes = 0
+        self._demoting: set[Lower] = set()
+        self._wanted_bytes = 0
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    # What happens in the arena.
+
+    def sealed(self, blocks: Sequence[Block]) -> None:
+        """These blocks are in the arena from now on, as their writer has left them."""
+        for group in self._groups:
+            for block in blocks:
+                lower = self._destination(group, block)
+                if lower is not None and not lower.rules.admit_hits:
+                    self._enter(lower, block)
+        self.pump()
+
+    def hit(self, blocks: Sequence[Block]) -> None:
+        """A reader was given these blocks."""
+        if not self._admits_by_hits:
+            return
+        for block in blocks:
+            hits = self._hits[block] = self._hits.get(block, 0) + 1
+            for group in self._groups:
+                lower = self._destination(group, block)
+                if lower is not None and lower.rules.admit_hits == hits:
+                    self._enter(lower, block)
+        self.pump()
+
+    def left(self, blocks: Sequence[Block], *, evicted: bool) -> None:
+        """These blocks are in the arena no longer."""
+        for block in blocks:
+            self._hits.pop(block, None)
+            for lower in self._lowers:
+                if block in lower.unwritten:
+                    self._leave(lower, block)
+                    lower.counters.dropped_blocks += evicted
+        if evicted:
+            self._touch(blocks)
+
+    def want(self, length: int) -> None:
+        """A writer found no room for so many bytes: demote as many more, watermark or not."""
+        self._wanted_bytes = max(self._wanted_bytes, length)
+        self.pump()
+
+    def remove(self, lower: Lower, below: Block) -> None:
+        """Nobody is to see what is being written there now."""
+        write = self._writes[below]
+        write.transfer.dropped = True
+        if write.transfer.record is not None:
+            lower.tier.forget([write.transfer.record])
+            write.forgotten = True
+        lower.directory.give_up(below)
+
+    # What happens to a tier.
+
+    async def breaker_changed(self, lower: Lower) -> None:
+        """Owe a tier that fails nothing any more, so that the arena goes on; owe it again when it is back."""
+        owed = not lower.breaker.open
+        blocks = list(lower.unwritten)
+        for start in range(0, len(blocks), _TURN):
+            if lower.breaker.open == owed:
+                return  # it has changed again
+            turn = islice(blocks, start, start + _TURN)
+            changed = [block for block in turn if lower.unwritten.get(block, owed) != owed]
+            for block in changed:
+                lower.unwritten[block] = owed
+                block.owed += 1 if owed else -1
+            if not owed:
+                self._arena.directory.policy.freed(changed)
+                self._arena.waiting.wake(ROOM)
+            await asyncio.sleep(0)
+        self.pump()
+
+    def pump(self) -> None:
+        """Begin as many calls as there may be."""
+        for lower in self._lowers:
+            # One of the calls is left to readers.
+            while lower.writing < max(1, lower.rules.jobs - 1) and not lower.breaker.open:
+                writes = self._next(lower)
+                if not writes:
+                    break
+                lower.calls += 1
+                lower.writing += 1
+                task = asyncio.get_running_loop().create_task(self._run(lower, writes))
+                self.tasks.add(task)
+                task.add_done_callback(self.tasks.discard)
+
+    def check(self) -> list[str]:
+        """Recount what is owed; each line says what is wrong."""
+        owed: dict[Block, int] = {}
+        wrong = []
+        for lower in self._lowers:
+            for block, owing in lower.unwritten.items():
+                owed[block] = owed.get(block, 0) + owing
+                if block.state not in (State.SEALED, State.DEMOTING):
+                    wrong.append(f"{block} is to be written to {lower.name}")
+            if lower.unwritten_bytes != sum(block.length for block in lower.unwritten):
+                wrong.append(f"bytes to be written to {lower.name} do not add up")
+        for write in self._writes.values():
+            owed[write.block] = owed.get(write.block, 0) + write.owed
+        blocks = self._arena.directory.all_blocks()
+        wrong += [
+            f"{b} is owed to {b.owed}, {owed.get(b, 0)} found" for b in blocks if b.owed != owed.get(b, 0)
+        ]
+        return wrong
+
+    # Which block goes where.
+
+    def _destination(self, group: Sequence[Lower], block: Block) -> Lower | None:
+        """Where of these the block is to go; None if it is there, on its way, or nowhere welcome."""
+        best: Lower | None = None
+        for lower in group:
+            shelf = lower.directory.known(block.shelf.namespace)
+            if block in lower.unwritten:
+                return None
+            if shelf is not None and (block.key in shelf.sealed or block.key in shelf.pending):
+                return None
+            if block.length <= lower.tier.capacity_bytes and (best is None or lower.load < best.load):
+                best = lower
+        return best
+
+    def _enter(self, lower: Lower, block: Block) -> None:
+        owed = not lower.breaker.open
+        lower.unwritten[block] = owed
+        lower.unwritten_bytes += block.length
+        block.owed += owed
+
+    def _leave(self, lower: Lower, block: Block) -> bool:
+        """Whether the block was owed."""
+        owed = lower.unwritten.pop(block)
+        lower.unwritten_bytes -= block.length
+        block.owed -= owed
+        return owed
+
+    def _touch(self, blocks: Sequence[Block]) -> None:
+        """What leaves the arena was used later than what left before: the tiers below follow that order."""
+        for lower in self._lowers:
+            copies = []
+            for block in blocks:
+                shelf = lower.directory.known(block.shelf.namespace)
+                below = None if shelf is None else shelf.sealed.get(block.key)
+                if below is not None:
+                    copies.append(below)
+            for copy in copies:
+                lower.directory.requested([copy])
+
+    # What is written next.
+
+    def _next(self, lower: Lower) -> list[_Write]:
+        """The blocks of one call: the oldest, or the coldest where the arena must be cleared."""
+        cold = lower.rules.on_eviction
+        candidates = self._coldest(lower) if cold else iter(list(islice(lower.unwritten, _LOOKS_MAX)))
+        lower.room.begin()
+        writes: list[_Write] = []
+        size = 0
+        for block in candidates:
+            if block.copies or block.state is not State.SEALED:
+                continue
+            if size and size + block.length > _CALL_BYTES:
+                break
+            write = self._begin(lower, block)
+            if write is None:
+                self._leave(lower, block)
+                lower.counters.dropped_blocks += 1
+                self._arena.directory.policy.freed([block])
+                continue
+            writes.append(write)
+            size += block.length
+            if size >= _CALL_BYTES:
+                break
+        for below in lower.settle():
+            self._lost_below(lower, below)
+        return writes
+
+    def _coldest(self, lower: Lower) -> Iterator[Block]:
+        """What may be demoted now, while the arena is too full."""
+        spare_bytes = 0
+        for entry in islice(self._arena.directory.policy.coldest(), _LOOKS_MAX):
+            if not self._too_full(lower, spare_bytes):
+                return
+            block = cast(Block, entry)
+            children = block.children - self._leaving_children.get(block, 0)
+            if children == 0 and idle(block):
+                if block in lower.unwritten:
+                    yield block
+                elif block.owed == 0:
+                    spare_bytes += block.slot.length  # as good as free: it may leave at once
+
+    def _too_full(self, lower: Lower, spare_bytes: int) -> bool:
+        capacity = self._arena.tier.capacity_bytes
+        staying = self._arena.used_bytes - self._leaving_bytes - spare_bytes
+        if staying > lower.rules.high_watermark * capacity:
+            self._demoting.add(lower)
+        elif staying <= lower.rules.low_watermark * capacity:
+            self._demoting.discard(lower)
+        return lower in self._demoting or self._wanted_bytes > self._leaving_bytes
+
+    def _begin(self, lower: Lower, block: Block) -> _Write | None:
+        slot = lower.take(block.length)
+        if slot is None:
+            return None
+        shelf = lower.directory.shelf(block.shelf.namespace)
+        parent = None if block.parent is None else shelf.resident(block.parent.key)
+        below = lower.directory.add(shelf, block.key, block.length, slot, State.RESERVED, parent)
+        slot.owner = below
+        lower.directory.hold([below])
+        directory = self._arena.directory
+        directory.hold([block])
+        owed = lower.unwritten[block]
+        self._leave(lower, block)
+        block.owed += owed
+        generation = None
+        if lower.rules.on_eviction:
+            generation = directory.demote(block)
+            self._leaving_bytes += block.slot.length
+            if block.parent is not None:
+                leaving = self._leaving_children
+                leaving[block.parent] = leaving.get(block.parent, 0) + 1
+        transfer = Transfer(
+            block.shelf.namespace,
+            block.key,
+            block.length,
+            slot=slot,
+            memory=self._arena.tier.view(block.slot),
+            checksum=block.checksum,
+        )
+        write = self._writes[below] = _Write(block, owed, generation, block.parent, below, transfer)
+        return write
+
+    def _lost_below(self, lower: Lower, below: Block) -> None:
+        """A tier made room by dropping a block that the arena still has: it must get it again in time."""
+        if not lower.rules.on_eviction:
+            return  # or blocks that do not fit together would be written behind for ever
+        shelf = self._arena.directory.known(below.shelf.namespace)
+        block = None if shelf is None else shelf.sealed.get(below.key)
+        if block is not None and block not in lower.unwritten:
+            self._enter(lower, block)
+
+    # How it ends.
+
+    async def _run(self, lower: Lower, writes: list[_Write]) -> None:
+        operation = lower.tier.write([write.transfer for write in writes])
+        well = await lower.attempt(operation, lower.writes, lambda: None)
+        lower.calls -= 1
+        lower.writing -= 1
+        stored = [write.below for write in writes if self._ended_below(lower, write, well=well)]
+        if stored:
+            lower.directory.requested(stored)
+            lower.announce_sealed(stored)
+            lower.counters.written_blocks += len(stored)
+            lower.counters.written_bytes += sum([below.length for below in stored])
+        gone = [write.block for write in writes if self._ended_above(lower, write)]
+        if gone:
+            self._wanted_bytes = max(0, self._wanted_bytes - sum([block.length for block in gone]))
+            self._arena.demoted(gone)
+            self.left(gone, evicted=True)
+        self._arena.waiting.wake(ROOM)
+        self.pump()
+
+    def _ended_below(self, lower: Lower, write: _Write, *, well: bool) -> bool:
+        """Whether the block can be read below now."""
+        below, transfer = write.below, write.transfer
+        del self._writes[below]
+        slot = lower.directory.let_go(below)
+        if transfer.dropped and not write.forgotten:
+            lower.tier.forget([transfer.record])
+        if slot is None and well:
+            below.checksum, below.record = transfer.checksum, transfer.record
+            write.block.checksum = transfer.checksum
+            lower.directory.seal([below])
+            return True
+        lower.room.free(lower.directory.abort(below) if slot is None else slot)
+        return False
+
+    def _ended_above(self, lower: Lower, write: _Write) -> bool:
+        """Whether the block has left the arena with that."""
+        directory, block = self._arena.directory, write.block
+        if write.generation is not None:
+            self._leaving_bytes -= block.slot.length
+            self._count_left(write.parent)
+        slot = directory.let_go(block)
+        block.owed -= write.owed
+        if slot is not None:  # it was removed meanwhile
+            self._arena.room.free(slot)
+            return False
+        if write.below.state is State.SEALED and write.generation is not None:
+            left, slot = directory.finish_demotion(block, write.generation)
+            if left:
+                self._arena.room.free(slot)
+                return True
+        elif block.state is State.DEMOTING:
+            directory.resume(block)
+        if block.state is State.SEALED and self._destination([lower], block) is lower:
+            self._enter(lower, block)  # it could not be written: once more
+        directory.policy.freed([block])
+        return False
+
+    def _count_left(self, parent: Block | None) -> None:
+        if parent is not None:
+            self._leaving_children[parent] -= 1
+            if self._leaving_children[parent] == 0:
+                del self._leaving_children[parent]

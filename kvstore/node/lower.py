@@ -1,0 +1,312 @@
+"""One tier below the arena: its blocks, its space, its I/O, and whether it is trusted with more.
+
+It decides nothing about which block goes where; that is for those who promote and demote.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Final
+
+from kvstore.errors import ConfigError, TierError
+from kvstore.node.arena import Listener
+from kvstore.node.blocks import Block, Shelf, State
+from kvstore.node.breaker import Breaker
+from kvstore.node.directory import TierDirectory
+from kvstore.node.room import Room
+from kvstore.statistics import Latencies, TierCounters
+from tiers.base import Slot, StorageTier
+
+logger = logging.getLogger(__name__)
+
+# Blocks entered into the directory before others have their turn: about 1 ms.
+_TURN: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How blocks come into a tier and leave it.
+
+    They are written behind every commit, or with `on_eviction` when the arena's use passes `high_watermark`,
+    until it is below `low_watermark`, coldest first; only those that were hit `admit_hits` times or more. An
+    `exclusive` tier gives a block up once it has been promoted. A call that takes longer than `timeout_s` is
+    late; `jobs` are under way at once.
+    """
+
+    on_eviction: bool = False
+    exclusive: bool = False
+    admit_hits: int = 0
+    high_watermark: float = 0.95
+    low_watermark: float = 0.90
+    timeout_s: float = 2.0
+    jobs: int = 4
+
+
+class Lower:
+    """A storage tier with its directory. `unwritten` are blocks of the arena that it is still to get.
+
+    The value there is whether the block is owed: kept in the arena until it has been written.
+    """
+
+    def __init__(
+        self, tier: StorageTier, directory: TierDirectory, rules: Rules, listeners: Sequence[Listener]
+    ) -> None:
+        self.tier = tier
+        self.directory = directory
+        self.rules = rules
+        self.room = Room(tier, directory)
+        self.breaker = Breaker()
+        self.breaker.trip()  # until recovered
+        self.breaker.opened = 0
+        self.unwritten: OrderedDict[Block, bool] = OrderedDict()
+        self.unwritten_bytes = 0
+        self.counters = TierCounters()
+        self.reads, self.writes = Latencies(), Latencies()
+        self.writing = 0  # calls that write
+        self.calls = 0  # under way or about to be, late ones included; kept by those who make them
+        self.evicted_stamp = 0  # of the block that left last
+        self._listeners = tuple(listeners)
+        self._recovered = False
+        # What was removed while the tier could not be told: (namespace id, key).
+        self._graves: set[tuple[bytes, bytes]] = set()
+        self._reason = ""
+        self._on_breaker: Callable[[Lower], None] = lambda _: None
+
+    def on_breaker(self, call: Callable[["Lower"], None]) -> None:
+        """Call this whenever the breaker has opened or closed."""
+        self._on_breaker = call
+
+    @property
+    def name(self) -> str:
+        """The tier's."""
+        return self.tier.name
+
+    @property
+    def load(self) -> tuple[float, float]:
+        """How busy and how full the tier is, to be compared with others'."""
+        capacity = self.tier.capacity_bytes
+        return self.unwritten_bytes / capacity, 1 - self.tier.free_bytes / capacity
+
+    def readable(self, shelf: Shelf, key: bytes) -> Block | None:
+        """The block, if it is here and the tier can be asked for it."""
+        return None if self.breaker.open else shelf.sealed.get(key)
+
+    # I/O.
+
+    async def attempt(
+        self, operation: Coroutine[Any, Any, None], latencies: Latencies, late: Callable[[], None]
+    ) -> bool:
+        """Await a call of the tier to its very end, and keep the breaker informed. Whether it went well.
+
+        `late` is called once if it takes longer than it may: whoever waits should wait no more, but memory
+        and slots are the tier's until this returns.
+        """
+        task = asyncio.ensure_future(operation)
+        started = time.monotonic()
+        try:
+            done, _ = await asyncio.wait({task}, timeout=self.rules.timeout_s)
+            if not done:
+                self.counters.late_calls += 1
+                self._trip(f"no answer within {self.rules.timeout_s} s")
+                late()
+            await task
+        except TierError as error:
+            self._failed(str(error))
+            return False
+        except Exception:  # a mistake in a tier must not leave blocks on their way for ever
+            logger.exception("tier %s: a call failed by a mistake", self.name)
+            self._failed("a mistake; the log says which")
+            return False
+        else:
+            if done:
+                self.breaker.succeeded()
+            latencies.observe(time.monotonic() - started)
+            return True
+
+    async def start(self) -> None:
+        """Recover what is there. A tier that cannot be opened now is looked after by `watch`.
+
+        Raises:
+            ConfigError: the tier cannot be what it should be.
+        """
+        try:
+            await self.recover()
+        except TierError as error:
+            self._opened(str(error))
+        else:
+            self.breaker.probed(well=True)
+
+    async def watch(self) -> None:
+        """Look after the tier, for as long as it is there: open the breaker, and close it."""
+        while True:
+            await asyncio.sleep(self.breaker.pause_s(random.random()))
+            before = self.breaker.open
+            # Late calls must be over before it is trusted again.
+            well = False if before and self.calls else await self._looked_after()
+            if before and self.breaker.probed(well=well):
+                logger.warning("tier %s is back", self.name)
+                self._on_breaker(self)
+
+    async def recover(self) -> None:
+        """Open the tier and enter what it holds.
+
+        Raises:
+            ConfigError: the tier cannot be what it should be.
+            TierError: not now.
+        """
+        await self._forget_all()
+        found = await self.tier.recover()
+        for index, transfer in enumerate(found):
+            if index % _TURN == 0:
+                await asyncio.sleep(0)
+            shelf = self.directory.shelf(transfer.namespace)
+            block = self.directory.add(
+                shelf, transfer.key, transfer.length, transfer.slot, State.RESERVED, None
+            )
+            transfer.slot.owner = block
+            block.checksum, block.record = transfer.checksum, transfer.record
+            if block.identity in self._graves:
+                self._free(self.directory.abort(block), block)
+                continue
+            self.directory.seal([block])
+            self.directory.requested([block])
+            for listener in self._listeners:
+                listener.sealed(self.name, [block], None)
+        self.counters.recovered_blocks += len(found)
+        self._recovered = True
+        if found:
+            logger.info("tier %s: %d blocks recovered", self.name, len(found))
+
+    # Blocks.
+
+    def take(self, length: int) -> Slot | None:
+        """A slot, made room for if need be; `settle` when done taking."""
+        return self.room.take(length)
+
+    def settle(self) -> list[Block]:
+        """Announce and forget what left since `room.begin`; these blocks."""
+        evicted = self.room.evicted
+        if evicted:
+            self.tier.forget([block.record for block in evicted])
+            self.announce_removed(evicted)
+            self.evicted_stamp = evicted[-1].stamp
+            self.counters.evicted_blocks += len(evicted)
+            self.counters.evicted_bytes += sum([block.length for block in evicted])
+        return evicted
+
+    def drop(self, blocks: Iterable[Block]) -> None:
+        """Take readable blocks out, for good once the tier has flushed. Pinned ones keep their slots."""
+        gone = list(blocks)
+        for block in gone:
+            free, slot = self.directory.remove(block)
+            self.tier.forget([block.record])
+            if free:
+                self.room.free(slot)
+        self.announce_removed(gone)
+
+    def damaged(self, blocks: Sequence[Block]) -> None:
+        """These blocks are not what was written: drop them, and say so once for all of them."""
+        self.drop(blocks)
+        self.counters.damaged_blocks += len(blocks)
+        for block in blocks[:1]:
+            logger.warning(
+                "tier %s: %d blocks damaged and dropped, the first %s", self.name, len(blocks), block
+            )
+
+    def unpin(self, blocks: Sequence[Block]) -> None:
+        """End reading these blocks."""
+        for slot in self.directory.unpin(blocks):
+            self.room.free(slot)
+
+    def announce_sealed(self, blocks: Sequence[Block]) -> None:
+        """Tell the listeners."""
+        for listener in self._listeners:
+            listener.sealed(self.name, blocks, None)
+
+    def announce_removed(self, blocks: Sequence[Block]) -> None:
+        """Tell the listeners."""
+        for listener in self._listeners:
+            listener.removed(self.name, blocks)
+
+    async def bury(self, names: Iterable[tuple[bytes, bytes]]) -> bool:
+        """See to it that what was dropped never comes back, with a restart either. False if not yet."""
+        self._graves.update(names)
+        if self.breaker.open:
+            return False
+        flushed = asyncio.ensure_future(self._flush())
+        done, _ = await asyncio.wait({flushed}, timeout=self.rules.timeout_s)
+        if not done or not flushed.result():
+            return False
+        self._graves.difference_update(names)
+        return True
+
+    # Helpers.
+
+    async def _flush(self) -> bool:
+        self.calls += 1
+        try:
+            return await self.attempt(self.tier.flush(), Latencies(), lambda: None)
+        finally:
+            self.calls -= 1
+
+    async def _looked_after(self) -> bool:
+        try:
+            if self._recovered:
+                async with asyncio.timeout(self.rules.timeout_s):
+                    same = await self.tier.same()
+                    if same and self.breaker.open:
+                        await self.tier.probe()
+                if not same:
+                    self._recovered = False
+                    self._trip("its files are gone or not the same")
+            if not self._recovered:
+                if self.calls:
+                    return False
+                await self.recover()
+            if self._graves and self.breaker.open:
+                await self.tier.flush()
+                self._graves.clear()
+        except TimeoutError:
+            self._trip(f"no answer within {self.rules.timeout_s} s")
+            return False
+        except (TierError, ConfigError) as error:
+            self._trip(str(error))
+            return False
+        return True
+
+    async def _forget_all(self) -> None:
+        """Take every block out of the directory: the files that they were in are not there any more."""
+        blocks = [block for shelf in self.directory.shelves() for block in shelf.sealed.values()]
+        for start in range(0, len(blocks), _TURN):
+            turn = list(islice(blocks, start, start + _TURN))
+            for block in turn:
+                self.directory.remove(block)
+            self.announce_removed(turn)
+            await asyncio.sleep(0)
+
+    def _free(self, slot: Slot, block: Block) -> None:
+        self.tier.forget([block.record])
+        self.room.free(slot)
+
+    def _failed(self, reason: str) -> None:
+        self.counters.failed_calls += 1
+        if self.breaker.failed():
+            self._opened(reason)
+
+    def _trip(self, reason: str) -> None:
+        if self.breaker.trip():
+            self._opened(reason)
+        elif reason != self._reason:
+            self._reason = reason
+            logger.warning("tier %s still fails: %s", self.name, reason)
+
+    def _opened(self, reason: str) -> None:
+        self._reason = reason
+        self.counters.breaker_opened += 1
+        logger.warning("tier %s fails and is left alone until it is back: %s", self.name, reason)
+        self._on_breaker(self)

@@ -1,0 +1,120 @@
+"""What moves blocks between the arena and the tiers below it: promotion, demotion, removal, looking after."""
+
+import asyncio
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any, Final
+
+from kvstore.errors import TierError
+from kvstore.node.arena import Arena
+from kvstore.node.blocks import Block, State
+from kvstore.node.demote import Demoter
+from kvstore.node.lower import Lower
+from kvstore.node.promote import Promoter, Shelves
+
+# On a stop, calls under way get this long to end before their memory goes.
+_STOP_S: Final = 5.0
+
+
+class Movements:
+    """The tiers below an arena, fastest first; with none, everything here does nothing."""
+
+    def __init__(self, arena: Arena, lowers: Sequence[Lower]) -> None:
+        self._arena = arena
+        self.lowers = tuple(lowers)
+        self.demoter = Demoter(arena, lowers)
+        self.promoter = Promoter(arena, lowers, promoted=self._promoted, wanted=self.demoter.want)
+        self._tasks: set[asyncio.Task[None]] = set()
+        arena.on_evicted(lambda blocks: self.demoter.left(blocks, evicted=True))
+        for lower in lowers:
+            lower.on_breaker(self._breaker_changed)
+
+    async def start(self) -> None:
+        """Recover what the tiers hold, and look after them from now on.
+
+        Raises:
+            ConfigError: a tier cannot be what it should be.
+        """
+        for lower in self.lowers:
+            await lower.start()
+            self._spawn(lower.watch())
+
+    async def stop(self) -> bool:
+        """Begin nothing more and let what is under way end; False when some of it hangs."""
+        for lower in self.lowers:
+            lower.breaker.trip()
+        for task in self._tasks:
+            task.cancel()
+        under_way = [*self.promoter.tasks, *self.demoter.tasks]
+        if under_way:
+            await asyncio.wait(under_way, timeout=_STOP_S)
+        for lower in self.lowers:
+            lower.tier.close()
+        return all(task.done() for task in under_way)
+
+    # Readers.
+
+    def below(self, shelves: Shelves, key: bytes) -> bool:
+        """Whether a tier below has the block and can be asked for it."""
+        return len(shelves) > 1 and self.promoter.source(shelves, key) is not None
+
+    def missed(self, blocks: int) -> None:
+        """Count what a reader waited for in vain."""
+        for lower in self.lowers:
+            lower.counters.missed_blocks += blocks
+
+    # Removal.
+
+    def remove(self, shelves: Shelves, keys: Iterable[bytes]) -> set[bytes]:
+        """Hide these blocks in the tiers below, and what is on its way up or down. Which were there."""
+        names = list(keys)
+        found: set[bytes] = set()
+        for key in names:
+            loading = shelves[0].pending.get(key)
+            if loading is not None and loading.state is State.LOADING:
+                self.promoter.give_up(loading)
+        for lower, shelf in zip(self.lowers, shelves[1:], strict=True):
+            here = [block for key in names if (block := shelf.sealed.get(key)) is not None]
+            lower.drop(here)
+            found.update(block.key for block in here)
+            for key in names:
+                if (writing := shelf.pending.get(key)) is not None:
+                    self.demoter.remove(lower, writing)
+        return found
+
+    async def make_lasting(self, shelves: Shelves, keys: Sequence[bytes]) -> None:
+        """Return once no restart brings these removed blocks back.
+
+        Raises:
+            TierError: a tier cannot promise that now; it will be made good once it is back.
+        """
+        names = [(shelves[0].namespace.id, key) for key in keys]
+        buried = await asyncio.gather(*[lower.bury(names) for lower in self.lowers])
+        failing = [lower.name for lower, done in zip(self.lowers, buried, strict=True) if not done]
+        if failing:
+            raise TierError(
+                f"{len(names)} keys are hidden, but {', '.join(failing)} fails: until it is back, a restart "
+                "of the daemon may bring them back; remove them again once it is"
+            )
+
+    # Helpers.
+
+    def _promoted(self, lower: Lower, blocks: Sequence[Block]) -> None:
+        """Blocks have arrived from a tier."""
+        if not lower.rules.exclusive:
+            return
+        below = []
+        for block in blocks:
+            shelf = lower.directory.known(block.shelf.namespace)
+            source = None if shelf is None else shelf.sealed.get(block.key)
+            if source is not None:
+                below.append(source)
+        lower.drop(below)
+        self.demoter.sealed(blocks)
+
+    def _breaker_changed(self, lower: Lower) -> None:
+        self._spawn(self.demoter.breaker_changed(lower))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

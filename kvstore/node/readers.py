@@ -1,0 +1,130 @@
+"""The reader's verbs: acquire, release, questions. Synchronous; what waits is in `kvstore.node.patience`."""
+
+import itertools
+from collections.abc import Sequence
+from itertools import takewhile
+from operator import truth
+from typing import cast
+
+from kvstore.block import HitLength
+from kvstore.errors import LeaseError
+from kvstore.node.arena import Arena
+from kvstore.node.blocks import Block, Shelf, State
+from kvstore.node.directory import Directory
+from kvstore.node.lease import Holder, ReadLease, check_distinct
+from kvstore.node.movement import Movements
+from kvstore.node.promote import Shelves
+from kvstore.statistics import StoreCounters
+
+
+class Readers:
+    """What readers do to an arena, and what they may ask of all tiers."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        arena: Arena,
+        movements: Movements,
+        counters: StoreCounters,
+        lease_ids: "itertools.count[int]",
+    ) -> None:
+        self._all = directory
+        self._arena = arena
+        self._directory = arena.directory
+        self._movements = movements
+        self._counters = counters
+        self._lease_ids = lease_ids
+
+    def acquire(self, holder: Holder, shelf: Shelf, keys: Sequence[bytes]) -> ReadLease:
+        """Pin the leading keys that are here. The lease is the holder's if it pins anything.
+
+        Raises:
+            InvalidRequest: a key occurs twice.
+        """
+        lease = self.acquire_nothing(keys)
+        self.extend(holder, shelf, lease, keys)
+        self.looked(len(lease.blocks), len(keys))
+        self.count_hits(lease, keys)
+        return lease
+
+    def acquire_nothing(self, keys: Sequence[bytes]) -> ReadLease:
+        """A lease over none of the keys yet, for `extend`; raises as `acquire` does."""
+        check_distinct(keys)
+        return ReadLease(next(self._lease_ids), [], 0, limited=False)
+
+    def extend(self, holder: Holder, shelf: Shelf, lease: ReadLease, keys: Sequence[bytes]) -> None:
+        """Pin as many of the keys after those that the lease has as are here without a hole."""
+        room_bytes = holder.pinned_bytes_max - holder.pinned_bytes
+        wanted = keys[len(lease.blocks) :] if lease.blocks else keys
+        blocks = cast("list[Block]", list(takewhile(truth, map(shelf.sealed.get, wanted))))
+        added_bytes = sum([block.length for block in blocks])
+        while added_bytes > room_bytes:
+            added_bytes -= blocks.pop().length
+            lease.limited = True
+        self._counters.limited_requests += lease.limited
+        lease.blocks += blocks
+        lease.block_bytes += added_bytes
+        self._pin(holder, lease, blocks, added_bytes)
+
+    def looked(self, hits: int, asked: int) -> None:
+        """Count what a reader found in the arena at its first look."""
+        self._arena.counters.hit_blocks += hits
+        self._arena.counters.missed_blocks += asked - hits
+
+    def count_hits(self, lease: ReadLease, keys: Sequence[bytes]) -> None:
+        """Count what an acquire of the keys has found."""
+        self._counters.hit_blocks += len(lease.blocks)
+        self._counters.missed_blocks += len(keys) - len(lease.blocks)
+
+    def acquire_each(self, holder: Holder, items: Sequence[tuple[Shelves, bytes]]) -> tuple[ReadLease, bytes]:
+        """Pin every item that is here; holes are allowed. The lease, and one byte an item: here or not."""
+        lease = ReadLease(next(self._lease_ids), [], 0, limited=False)
+        found = bytearray(len(items))
+        for index, (shelves, key) in enumerate(items):
+            block = shelves[0].sealed.get(key)
+            if block is None:
+                continue
+            if holder.pinned_bytes + lease.block_bytes + block.length > holder.pinned_bytes_max:
+                lease.limited = True
+                break
+            found[index] = 1
+            lease.blocks.append(block)
+            lease.block_bytes += block.length
+        self._pin(holder, lease, lease.blocks, lease.block_bytes)
+        self.looked(len(lease.blocks), len(items))
+        self._counters.hit_blocks += len(lease.blocks)
+        self._counters.missed_blocks += len(items) - len(lease.blocks)
+        return lease, bytes(found)
+
+    def release(self, holder: Holder, lease_id: int) -> None:
+        """End a read lease.
+
+        Raises:
+            LeaseError: the lease is not the holder's, or has ended.
+        """
+        lease = holder.reads.pop(lease_id, None)
+        if lease is None:
+            raise LeaseError(f"read lease {lease_id} is not held by this connection; it may have ended")
+        holder.pinned_bytes -= lease.block_bytes
+        self._arena.free(self._directory.unpin(lease.blocks))
+
+    # Questions.
+
+    def hit_length(self, shelves: Shelves, keys: Sequence[bytes]) -> HitLength:
+        """How many leading keys are here, per medium. Pins nothing and does not count as a use."""
+        return self._all.hit_length(shelves, keys)
+
+    def hit_each(self, items: Sequence[tuple[Shelves, bytes]]) -> bytes:
+        """One byte an item: here, in whatever tier, or not."""
+        return bytes(any(key in shelf.sealed for shelf in shelves) for shelves, key in items)
+
+    # Helpers.
+
+    def _pin(self, holder: Holder, lease: ReadLease, blocks: Sequence[Block], added_bytes: int) -> None:
+        if blocks:
+            self._directory.pin(blocks)
+            # What was pinned before this, while waiting, may have been removed since.
+            self._directory.requested([block for block in lease.blocks if block.state is not State.DOOMED])
+            self._movements.demoter.hit(blocks)
+            holder.pinned_bytes += added_bytes
+            holder.reads[lease.id] = lease
