@@ -1,5 +1,6 @@
 """The command line: one function a command. It parses, calls and prints; it decides nothing."""
 
+import asyncio
 import json
 import os
 import sys
@@ -11,12 +12,14 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from kvstore.block import Namespace
 from kvstore.client import StoreClient
 from kvstore.config import default_socket, load
 from kvstore.errors import KVStoreError
+from kvstore.statistics import Latencies, TierState
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -62,15 +65,30 @@ def stats(address: Address = HERE, as_json: AsJson = False) -> None:
         return
     console = Console()
     tiers, counters = statistics.pop("tiers"), statistics.pop("counters")
-    for title, values in (
-        ("node", statistics),
-        *((f"tier {t['name']}", t) for t in tiers),
-        ("since start", counters),
-    ):
-        table = Table(title=title, show_header=False, title_justify="left")
-        for name, value in values.items():
-            table.add_row(name, f"{value:,}" if isinstance(value, int) and name != "epoch" else str(value))
-        console.print(table)
+    console.print(_table("node", statistics))
+    for tier in tiers:
+        console.print(_table(f"tier {tier['name']}", _tier_rows(tier)))
+    console.print(_table("since start", counters))
+
+
+def _tier_rows(tier: dict[str, Any]) -> dict[str, Any]:
+    """What a tier has and has done, one row each; of latencies the mean and the 99th percentile's bucket."""
+    rows = {name: value for name, value in tier.items() if name not in ("counters", "reads", "writes")}
+    rows |= tier["counters"]
+    for name in ("reads", "writes"):
+        latencies = Latencies(**tier[name])
+        if latencies.count:
+            rows[f"{name}_mean_s"] = round(latencies.sum_s / latencies.count, 6)
+            rows[f"{name}_p99_s"] = f"<= {latencies.at_most_s(0.99):g}"
+    return rows
+
+
+def _table(title: str, values: dict[str, Any]) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in values.items():
+        number = isinstance(value, int) and not isinstance(value, bool) and name != "epoch"
+        table.add_row(name, f"{value:,}" if number else str(value))
+    return table
 
 
 @app.command()
@@ -122,15 +140,61 @@ def lookup(
 
 
 @app.command()
-def check(address: Address = HERE) -> None:
-    """Let a daemon recount all it has. Exits with 1 when something is wrong."""
-    with _client(address) as store:
-        wrong = store.check()
+def check(
+    nvme: Annotated[
+        list[Path] | None, typer.Option(help="directory of a tier that no daemon uses, instead of a daemon's")
+    ] = None,
+    address: Address = HERE,
+) -> None:
+    """Let a daemon recount all it has, and verify every checksum. Exits with 1 when something is wrong."""
+    wrong: list[str] = []
+    if nvme:
+        with _errors(), _progress() as progress:
+            for path in nvme:
+                wrong += asyncio.run(_check_stopped(path, progress))
+    else:
+        with _client(address) as store, _progress() as progress:
+            wrong += store.check()
+            for number, tier in enumerate(store.statistics().tiers[1:], start=1):
+                wrong += _check_live(store, number, tier, progress)
     for line in wrong:
         print(line)
     if wrong:
         sys.exit(1)
     print("all is well")
+
+
+def _check_live(store: StoreClient, number: int, tier: TierState, progress: Progress) -> Iterator[str]:
+    task = progress.add_task(tier.name, total=tier.blocks)
+    after = None
+    while after != 0:
+        verified = store.verify(number, after or 0)
+        progress.advance(task, verified.blocks)
+        yield from (f"{tier.name}: {name} is damaged; it was dropped" for name in verified.damaged)
+        after = verified.after
+
+
+async def _check_stopped(path: Path, progress: Progress) -> list[str]:
+    from kvstore.node.verification import verify_stopped
+    from kvstore.serve import stored_tier
+
+    tier = stored_tier(path)
+    wrong: list[str] = []
+    try:
+        task = progress.add_task(str(path), total=None)
+        async for done, total, damaged in verify_stopped(tier):
+            progress.update(task, completed=done, total=total)
+            wrong += [f"{path}: {name} is damaged; a daemon will drop it when it is read" for name in damaged]
+        return wrong + tier.check()
+    finally:
+        tier.close()
+
+
+def _progress() -> Progress:
+    """A bar for each tier, on standard error; nothing where that is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 def _key(text: str) -> bytes:

@@ -175,6 +175,18 @@ class StoreClient:
         assert isinstance(answer, protocol.Report)
         return answer.wrong
 
+    def verify(self, tier: int, after: int = 0) -> protocol.Verified:
+        """Let the daemon compare some blocks of a tier with their checksums; damaged ones are dropped.
+
+        `tier` is its place in `statistics().tiers`, 1 or more; go on with the answer's `after` until it is 0.
+
+        Raises:
+            TierError: the tier fails now.
+        """
+        answer = self._call(self._connected(), protocol.Verify(tier, after)).answer
+        assert isinstance(answer, protocol.Verified)
+        return answer
+
     # Whole blocks, copied.
 
     def put(self, namespace: Namespace, key: bytes, data: Any, *, timeout_s: float = 5.0) -> None:

@@ -155,6 +155,13 @@ class Check(Message, tag=16):
     pass
 
 
+class Verify(Message, tag=17):
+    """Compare some blocks of a tier (by its place in the statistics) with their checksums; begin after 0."""
+
+    tier: int
+    after: int
+
+
 # Answers.
 
 
@@ -248,6 +255,14 @@ class Done(Message, tag=112):
     pass
 
 
+class Verified(Message, tag=113):
+    """How many blocks were looked at, which were damaged, and `after` for more; 0 after the last."""
+
+    blocks: int
+    damaged: list[str]
+    after: int
+
+
 Request = (
     Hello
     | Proof
@@ -265,6 +280,7 @@ Request = (
     | ListKeys
     | GetStatistics
     | Check
+    | Verify
 )
 Answer = (
     Failure
@@ -280,6 +296,7 @@ Answer = (
     | Statistics
     | Report
     | Done
+    | Verified
 )
 
 _encode = msgspec.msgpack.Encoder().encode

@@ -22,8 +22,10 @@ from kvstore.node.lower import Lower, Rules
 from kvstore.node.policy import POLICIES
 from kvstore.node.server import Limits, Server, clear_stale_socket
 from kvstore.node.store import Store
+from tiers.base import StorageTier
 from tiers.dram import DramTier
 from tiers.nvme import NvmeTier
+from tiers.volume import Volume
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +130,18 @@ class Daemon:
         except OSError as exc:
             raise ConfigError(f"tls_certificate {self._config.tls_certificate}: {exc}") from exc
         return context
+
+
+def stored_tier(path: Path) -> StorageTier:
+    """The tier in a directory that no daemon uses, as large as it was.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    head = Volume.head_of(path / "blocks") if path.is_dir() else None
+    if head is None:
+        raise ConfigError(f"{path} holds no tier; give the directory of one")
+    return NvmeTier(path, head.capacity_bytes)
 
 
 def _nvme_tiers(config: Config) -> list[Lower]:

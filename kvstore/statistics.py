@@ -2,6 +2,8 @@
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from itertools import accumulate
+from math import inf
 from typing import Final
 
 # Upper bounds of the buckets of latencies, in seconds; a last bucket takes what is longer.
@@ -37,6 +39,17 @@ class Latencies:
         """One more call."""
         self.counts[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
         self.sum_s += seconds
+
+    @property
+    def count(self) -> int:
+        """Calls so far."""
+        return sum(self.counts)
+
+    def at_most_s(self, fraction: float) -> float:
+        """The upper bound of the bucket within which this fraction of calls ended; infinite above all."""
+        bounds = (*LATENCY_BOUNDS_S, inf)
+        reached = accumulate(self.counts)
+        return next(bound for bound, n in zip(bounds, reached, strict=True) if n >= fraction * self.count)
 
 
 @dataclass(slots=True)

@@ -49,7 +49,7 @@ class Demoter:
         self._leaving_bytes = 0
         self._demoting: set[Lower] = set()
         self._wanted_bytes = 0
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.writing: set[asyncio.Task[None]] = set()
 
     # What happens in the arena.
 
@@ -130,8 +130,8 @@ class Demoter:
                 lower.calls += 1
                 lower.writing += 1
                 task = asyncio.get_running_loop().create_task(self._run(lower, writes))
-                self.tasks.add(task)
-                task.add_done_callback(self.tasks.discard)
+                self.writing.add(task)
+                task.add_done_callback(self.writing.discard)
 
     def check(self) -> list[str]:
         """Recount what is owed; each line says what is wrong."""

@@ -211,12 +211,10 @@ class Lower:
 
     def damaged(self, blocks: Sequence[Block]) -> None:
         """These blocks are not what was written: drop them, and say so once for all of them."""
+        for block in blocks[:1]:
+            logger.warning("tier %s: %d blocks damaged, the first %s", self.name, len(blocks), block)
         self.drop(blocks)
         self.counters.damaged_blocks += len(blocks)
-        for block in blocks[:1]:
-            logger.warning(
-                "tier %s: %d blocks damaged and dropped, the first %s", self.name, len(blocks), block
-            )
 
     def unpin(self, blocks: Sequence[Block]) -> None:
         """End reading these blocks."""

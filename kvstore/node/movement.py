@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from kvstore.errors import TierError
@@ -11,7 +12,7 @@ from kvstore.node.demote import Demoter
 from kvstore.node.lower import Lower
 from kvstore.node.promote import Promoter, Shelves
 
-# On a stop, calls under way get this long to end before their memory goes.
+# On a stop, what is owed to the tiers below gets this long, and so do calls under way to end.
 _STOP_S: Final = 5.0
 
 
@@ -39,12 +40,17 @@ class Movements:
             self._spawn(lower.watch())
 
     async def stop(self) -> bool:
-        """Begin nothing more and let what is under way end; False when some of it hangs."""
+        """Write what is owed for a while, then let what is under way end; False if some of it hangs."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_S):
+                while self.demoter.writing:
+                    await asyncio.wait(self.demoter.writing)
+                await asyncio.gather(*[lower.bury([]) for lower in self.lowers])
         for lower in self.lowers:
             lower.breaker.trip()
         for task in self._tasks:
             task.cancel()
-        under_way = [*self.promoter.tasks, *self.demoter.tasks]
+        under_way = [*self.promoter.loading, *self.demoter.writing]
         if under_way:
             await asyncio.wait(under_way, timeout=_STOP_S)
         for lower in self.lowers:

@@ -50,7 +50,7 @@ class Promoter:
         self._wanted = wanted
         self._loading_bytes = 0
         self._loading_bytes_max = int(arena.tier.capacity_bytes * _LOADING_FRACTION)
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.loading: set[asyncio.Task[None]] = set()
 
     def source(self, shelves: Shelves, key: bytes) -> tuple[Lower, Block] | None:
         """The fastest tier below that has the block and can be asked for it."""
@@ -132,8 +132,8 @@ class Promoter:
             if call_bytes >= min(share, _CALL_BYTES) or load is loads[-1]:
                 lower.calls += 1
                 task = asyncio.get_running_loop().create_task(self._run(lower, call))
-                self.tasks.add(task)
-                task.add_done_callback(self.tasks.discard)
+                self.loading.add(task)
+                task.add_done_callback(self.loading.discard)
                 call, call_bytes = [], 0
 
     async def _run(self, lower: Lower, loads: list[_Load]) -> None:

@@ -25,6 +25,7 @@ from kvstore.node.host import Host
 from kvstore.node.lease import Grant, Holder, ReadLease
 from kvstore.node.listing import Listing
 from kvstore.node.promote import Shelves
+from kvstore.node.verification import Verification
 from kvstore.protocol import BODY_BYTES_MAX, HELLO_BYTES_MAX, LIST_PAGE_MAX, frame
 from tiers.base import Slot
 
@@ -53,6 +54,7 @@ class Session:
         self._greeting = Greeting(None if holder.maps else host.token, holder.name)
         self._shelves: list[Shelves] = []
         self._listing = Listing()
+        self._verifications: dict[int, Verification] = {}  # by tier
         self._handles: dict[Namespace, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._committing: tuple[int, protocol.Commit, KVStoreError | None] | None = None
@@ -71,6 +73,7 @@ class Session:
             protocol.ListKeys: self._list,
             protocol.GetStatistics: lambda _, __: protocol.Statistics(host.statistics()),
             protocol.Check: lambda _, __: protocol.Report(host.check()),
+            protocol.Verify: self._verify,
         }
 
     @property
@@ -322,6 +325,17 @@ class Session:
         blocks, cursor = self._listing.page(shelves, request.after, LIST_PAGE_MAX)
         keys = packing.pack_keys([block.key for block in blocks]) if blocks else protocol.Keys(b"", [])
         return protocol.Page(keys, [block.length for block in blocks], cursor)
+
+    def _verify(self, request_id: int, request: protocol.Verify) -> None:
+        lowers = self._store.movements.lowers
+        if not 1 <= request.tier <= len(lowers):
+            raise InvalidRequest(f"tier {request.tier} has no checksums; those of 1 to {len(lowers)} have")
+        if request.after == 0:
+            self._verifications[request.tier] = Verification(lowers[request.tier - 1])
+        verification = self._verifications.get(request.tier)
+        if verification is None or request.after < 0:
+            raise InvalidRequest(f"verify after {request.after}; begin after 0")
+        self._answer_later(request_id, verification.page(request.after))
 
     # Helpers.
 

@@ -1,0 +1,91 @@
+"""Reading what a storage tier has and comparing it with its checksums: into memory of its own, in turns."""
+
+import mmap
+from collections.abc import AsyncIterator, Iterator, Sequence
+from itertools import islice
+from typing import Final
+
+from kvstore.errors import TierError
+from kvstore.node.blocks import State
+from kvstore.node.lower import Lower
+from kvstore.protocol import Verified
+from kvstore.statistics import Latencies
+from tiers.base import StorageTier, Transfer
+
+# Read in one turn: short enough for a progress bar and for readers who wait for the same disk.
+_TURN_BYTES: Final = 16 << 20
+_TURN_BLOCKS: Final = 256
+_PAGE_BYTES: Final = 4096
+
+
+class Verification:
+    """One client's going through a tier as it was when it began; blocks that leave are passed over."""
+
+    def __init__(self, lower: Lower) -> None:
+        self._lower = lower
+        self._blocks = [block for shelf in lower.directory.shelves() for block in shelf.sealed.values()]
+
+    async def page(self, after: int) -> Verified:
+        """Verify the next blocks; those that are damaged are dropped.
+
+        Raises:
+            TierError: the tier fails now.
+        """
+        lower = self._lower
+        if lower.breaker.open:
+            raise TierError(f"tier {lower.name} fails and is left alone until it is back; check it then")
+        taken = list(_turn([b.length for b in islice(self._blocks, after, after + _TURN_BLOCKS)]))
+        blocks = [b for b in self._blocks[after : after + len(taken)] if b.state is State.SEALED]
+        lower.directory.pin(blocks)
+        lower.calls += 1
+        transfers = [
+            Transfer(b.shelf.namespace, b.key, b.length, slot=b.slot, checksum=b.checksum, record=b.record)
+            for b in blocks
+        ]
+        well = await lower.attempt(read_aside(lower.tier, transfers), Latencies(), lambda: None)
+        lower.calls -= 1
+        lower.unpin(blocks)
+        if not well:
+            raise TierError(f"tier {lower.name} cannot be read now; the daemon's log says why")
+        pairs = zip(blocks, transfers, strict=True)
+        damaged = [block for block, transfer in pairs if transfer.damaged and block.state is State.SEALED]
+        if damaged:
+            lower.damaged(damaged)
+        after += len(taken)
+        names = [f"{block.shelf.namespace} {block.key.hex()}" for block in damaged]
+        return Verified(len(taken), names, after if after < len(self._blocks) else 0)
+
+
+async def verify_stopped(tier: StorageTier) -> AsyncIterator[tuple[int, int, list[str]]]:
+    """Go through a tier that no daemon uses: how many are done, how many there are, and which are damaged."""
+    found = await tier.recover()
+    done = 0
+    while done < len(found):
+        turn = list(islice(found, done, done + _TURN_BLOCKS))
+        turn = turn[: len(list(_turn([transfer.length for transfer in turn])))]
+        await read_aside(tier, turn)
+        done += len(turn)
+        yield done, len(found), [f"{t.namespace} {t.key.hex()}" for t in turn if t.damaged]
+
+
+async def read_aside(tier: StorageTier, transfers: Sequence[Transfer]) -> None:
+    """Read blocks into memory that nobody else sees; says only which are damaged."""
+    sizes = [-(-transfer.length // _PAGE_BYTES) * _PAGE_BYTES for transfer in transfers]
+    if not sizes:
+        return
+    memory = memoryview(mmap.mmap(-1, sum(sizes)))  # on pages, and gone with the last view of it
+    end = 0
+    for transfer, size in zip(transfers, sizes, strict=True):
+        transfer.memory = memory[end : end + size]
+        end += size
+    await tier.read(transfers)
+
+
+def _turn(lengths: Sequence[int]) -> Iterator[int]:
+    """The leading lengths that make a turn, at least one."""
+    size = 0
+    for count, length in enumerate(lengths):
+        if count and size + length > _TURN_BYTES:
+            return
+        size += length
+        yield length
