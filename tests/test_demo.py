@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.demo.reports import AloneReport, Control, DecodeReport, Generation, PrefillReport
+from benchmarks.demo.reports import (
+    AloneReport,
+    Control,
+    DecodeReport,
+    Generation,
+    PrefillReport,
+    ReturnReport,
+)
 from benchmarks.demo.verdict import Verdict, judge, table
 
 ROOT = Path(__file__).parents[1]
@@ -31,12 +38,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]
 
 def test_decode_from_the_store_gives_the_tokens_of_a_run_without_it(demo: tuple[str, dict[str, Any]]) -> None:
     printed, verdict = demo
-    assert verdict["comparisons"][0] == {
-        "name": "decode from the store",
-        "first_difference": None,
-        "bytes_equal": True,
-        "as_expected": True,
-    }
+    for index, name in enumerate(("decode from the store", "decode after the daemon was killed")):
+        assert verdict["comparisons"][index] == {
+            "name": name,
+            "first_difference": None,
+            "bytes_equal": True,
+            "as_expected": True,
+        }
     assert len(verdict["tokens"]) == 32
     assert len(set(verdict["tokens"])) > 16  # a model that repeats itself would not notice wrong KV
     assert verdict["passed"]
@@ -45,7 +53,7 @@ def test_decode_from_the_store_gives_the_tokens_of_a_run_without_it(demo: tuple[
 
 def test_zeroed_and_swapped_blocks_change_the_tokens(demo: tuple[str, dict[str, Any]]) -> None:
     _, verdict = demo
-    name_to_control = {control["name"]: control for control in verdict["comparisons"][1:]}
+    name_to_control = {control["name"]: control for control in verdict["comparisons"][2:]}
     for name in (
         "all KV zeroed",
         "one block zeroed",
@@ -61,6 +69,7 @@ def test_the_bytes_moved_are_those_of_the_prompts_kv(demo: tuple[str, dict[str, 
     assert verdict["published_bytes"] == PROMPT_BYTES
     assert verdict["fetched_bytes"] == PROMPT_BYTES
     assert verdict["held_bytes"] == PROMPT_BYTES + BLOCK_BYTES
+    assert verdict["loaded_bytes"] == PROMPT_BYTES
     assert f"{PROMPT_BYTES:,}" in printed
 
 
@@ -69,11 +78,13 @@ def test_the_store_brings_the_first_token_sooner(demo: tuple[str, dict[str, Any]
     assert 0 < verdict["ttft_with_store_s"] < verdict["ttft_without_store_s"]
     assert "TTFT without the store" in printed
     assert "TTFT with the store" in printed
+    assert 0 < verdict["ttft_after_kill_s"] < verdict["ttft_without_store_s"]
 
 
 def test_other_tokens_from_the_store_fail_the_demo() -> None:
     assert _verdict().passed
     assert not _verdict(decoded=[1, 2, 4]).passed
+    assert not _verdict(returned=[1, 2, 4]).passed
     assert "differ from #3" in table(_verdict(decoded=[1, 2, 4]))
 
 
@@ -85,6 +96,7 @@ def test_a_control_that_changes_nothing_fails_the_demo() -> None:
 def test_other_bytes_than_the_prompts_fail_the_demo() -> None:
     assert not _verdict(read_bytes=PROMPT_BYTES - BLOCK_BYTES).passed
     assert not _verdict(decoded_digests=[*DIGESTS[1:], DIGESTS[0]]).passed
+    assert not _verdict(loaded_bytes=0).passed
 
 
 DIGESTS = [f"digest {index}" for index in range(16)]
@@ -96,6 +108,8 @@ def _verdict(
     controlled: list[int] | None = None,
     control_digests: list[str] | None = None,
     read_bytes: int = PROMPT_BYTES,
+    returned: list[int] | None = None,
+    loaded_bytes: int = PROMPT_BYTES,
 ) -> Verdict:
     """The verdict on reports of a run that went well, but for what is given."""
     control = Control("zeroed", controlled or [1, 2, 9], control_digests or ["wrong"] * 16, True)
@@ -110,4 +124,5 @@ def _verdict(
             ttft_s=[0.1],
             controls=[control],
         ),
+        ReturnReport(Generation(returned or [1, 2, 3], 0.1), DIGESTS, 0.2, loaded_bytes),
     )

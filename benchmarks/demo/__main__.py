@@ -15,17 +15,20 @@ from typing import Final
 import msgspec
 
 from benchmarks.demo.daemon import running_daemon
-from benchmarks.demo.reports import AloneReport, DecodeReport, PrefillReport
+from benchmarks.demo.reports import AloneReport, DecodeReport, PrefillReport, ReturnReport
 from benchmarks.demo.verdict import Verdict, judge, table
+from kvstore.client import StoreClient
 
 _DRAM: Final = "256MiB"
+_NVME: Final = "512MiB"
 _ROLES_WITHIN_S: Final = 120.0
+_WRITTEN_WITHIN_S: Final = 30.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description="Prefill, store, decode.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdict to FILE as well")
-    parser.add_argument("--role", choices=["alone", "prefill", "decode"], help=argparse.SUPPRESS)
+    parser.add_argument("--role", choices=["alone", "prefill", "decode", "return"], help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.role is not None:
@@ -40,15 +43,40 @@ def main() -> None:
 
 
 def _run(directory: Path) -> Verdict:
-    """First the run without the store; then, with a daemon, prefill and decode side by side."""
+    """First the run without the store; then, with a daemon, prefill and decode side by side.
+
+    Then the daemon is killed, and another takes over its disk for one more decode.
+    """
+    socket, nvme = _socket(directory), f"{directory / 'nvme'}:{_NVME}"
     _start_and_wait(["alone"], directory)
-    with running_daemon(_socket(directory), _DRAM):
+    with running_daemon(socket, _DRAM, nvme) as daemon:
         _start_and_wait(["prefill", "decode"], directory)
+        _wait_until_written(socket)
+        daemon.kill()
+        daemon.wait()
+    with running_daemon(socket, _DRAM, nvme):
+        _start_and_wait(["return"], directory)
     return judge(
         msgspec.json.decode(_report(directory, "alone").read_bytes(), type=AloneReport),
         msgspec.json.decode(_report(directory, "prefill").read_bytes(), type=PrefillReport),
         msgspec.json.decode(_report(directory, "decode").read_bytes(), type=DecodeReport),
+        msgspec.json.decode(_report(directory, "return").read_bytes(), type=ReturnReport),
     )
+
+
+def _wait_until_written(socket: Path) -> None:
+    """Wait until the daemon has written behind all that was published."""
+    deadline = time.monotonic() + _WRITTEN_WITHIN_S
+    with StoreClient.connect(f"unix:{socket}") as store:
+        while True:
+            dram, nvme = store.statistics().tiers
+            if nvme.blocks == dram.blocks:
+                return
+            if time.monotonic() > deadline:
+                raise SystemExit(
+                    f"{nvme.blocks} of {dram.blocks} blocks on disk in {_WRITTEN_WITHIN_S:.0f} s"
+                )
+            time.sleep(0.02)
 
 
 def _start_and_wait(roles: list[str], directory: Path) -> None:
@@ -76,17 +104,20 @@ def _check(role_to_process: dict[str, subprocess.Popen[bytes]]) -> None:
 
 def _play(role: str, directory: Path) -> None:
     """Be one of the processes: play the role and leave its report in `directory`."""
-    from benchmarks.demo.roles import run_alone, run_decode, run_prefill  # torch, which the parent can spare
+    # Here, for they import torch, which the parent can spare.
+    from benchmarks.demo.roles import run_alone, run_decode, run_prefill, run_return
 
     socket = f"unix:{_socket(directory)}"
-    report: AloneReport | PrefillReport | DecodeReport
+    report: AloneReport | PrefillReport | DecodeReport | ReturnReport
     match role:
         case "alone":
             report = run_alone()
         case "prefill":
             report = run_prefill(socket)
-        case _:
+        case "decode":
             report = run_decode(socket)
+        case _:
+            report = run_return(socket)
     _report(directory, role).write_bytes(msgspec.json.encode(report))
 
 

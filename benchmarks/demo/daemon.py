@@ -14,18 +14,21 @@ _STOPPED_WITHIN_S: Final = 10.0
 
 
 @contextmanager
-def running_daemon(socket: Path, dram: str) -> Iterator[None]:
+def running_daemon(socket: Path, dram: str, nvme: str) -> Iterator[subprocess.Popen[bytes]]:
     """A daemon that listens on `socket`, until the block ends; then SIGTERM, as an operator would.
 
     Raises:
-        SystemExit: it did not come up, or did not end well.
+        SystemExit: it did not come up, or did not end well, unless it was killed within the block.
     """
-    command = [sys.executable, "-m", "kvstore", "serve"]
-    command += ["--dram", dram, "--socket", str(socket), "--http", "127.0.0.1:0"]
+    command = [sys.executable, "-m", "kvstore", "serve", "--dram", dram, "--nvme", nvme]
+    command += ["--socket", str(socket), "--http", "127.0.0.1:0"]
+    socket.unlink(missing_ok=True)
     daemon = subprocess.Popen(command)
     try:
         _wait_until_ready(daemon, socket)
-        yield
+        yield daemon
+        if daemon.poll() == -signal.SIGKILL:
+            return
         daemon.send_signal(signal.SIGTERM)
         if (status := daemon.wait(_STOPPED_WITHIN_S)) != 0:
             raise SystemExit(f"the daemon ended with status {status}")

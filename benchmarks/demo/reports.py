@@ -49,3 +49,15 @@ class DecodeReport(msgspec.Struct, frozen=True):
     held_bytes: int
     ttft_s: list[float]
     controls: list[Control]
+
+
+class ReturnReport(msgspec.Struct, frozen=True):
+    """The run with a daemon that was killed and is back: all it has, it has from its disk.
+
+    `loaded_bytes` is the daemon's own count of what it read there.
+    """
+
+    generation: Generation
+    digests: list[str]
+    ttft_s: float
+    loaded_bytes: int

@@ -10,7 +10,14 @@ from transformers import DynamicCache
 from benchmarks.demo.blocks import NAMESPACE, block_keys, digests, fetch, write_block
 from benchmarks.demo.geometry import BLOCK_BYTES, BLOCK_TOKENS, NEW_TOKENS, PROMPT_TOKENS
 from benchmarks.demo.model import TinyLlama, cache_of, kv_of, random_prompt
-from benchmarks.demo.reports import AloneReport, Control, DecodeReport, Generation, PrefillReport
+from benchmarks.demo.reports import (
+    AloneReport,
+    Control,
+    DecodeReport,
+    Generation,
+    PrefillReport,
+    ReturnReport,
+)
 from kvstore.client import StoreClient
 
 _ROUNDS: Final = 5
@@ -19,6 +26,7 @@ _PROMPT_SEED: Final = 12
 _OTHER_PROMPT_SEED: Final = 2
 _WARM_UP_SEED: Final = 3
 _PUBLISHED_WITHIN_S: Final = 60.0
+_LOADED_WITHIN_S: Final = 10.0
 
 
 def run_alone() -> AloneReport:
@@ -56,9 +64,9 @@ def run_decode(socket: str) -> DecodeReport:
     with StoreClient.connect(socket) as store:
         kv = _fetch_when_announced(store, block_keys(prompt))
         generation = _decode(model, kv, prompt)
-        held_bytes = sum(tier.block_bytes for tier in store.statistics().tiers)
+        held_bytes = store.statistics().tiers[0].block_bytes
         controls = list(_controls(store, model, prompt, kv))
-        ttft_s = [_time_to_first_token(store, model, prompt) for _ in range(_ROUNDS)]
+        ttft_s = [_time_to_first_token(store, model, prompt, wait_s=0.0)[0] for _ in range(_ROUNDS)]
     return DecodeReport(
         generation=generation,
         digests=digests(kv),
@@ -67,6 +75,15 @@ def run_decode(socket: str) -> DecodeReport:
         ttft_s=ttft_s,
         controls=controls,
     )
+
+
+def run_return(socket: str) -> ReturnReport:
+    """Fetch the prompt's KV from a daemon that has it on its disk only, and go on."""
+    model, prompt = _warm_model(), _prompt()
+    with StoreClient.connect(socket) as store:
+        ttft_s, kv = _time_to_first_token(store, model, prompt, wait_s=_LOADED_WITHIN_S)
+        loaded_bytes = sum(tier.counters.read_bytes for tier in store.statistics().tiers)
+    return ReturnReport(_decode(model, kv, prompt), digests(kv), ttft_s, loaded_bytes)
 
 
 def _publish(store: StoreClient, model: TinyLlama, prompt: list[int]) -> PrefillReport:
@@ -126,13 +143,15 @@ def _controls(store: StoreClient, model: TinyLlama, prompt: list[int], kv: torch
     yield control("two blocks swapped, all fetched", fetch(store, swapped, wait_s=0.0), False)
 
 
-def _time_to_first_token(store: StoreClient, model: TinyLlama, prompt: list[int]) -> float:
-    """Seconds from the prompt's tokens to the first new one: keys, fetch, one step, argmax."""
+def _time_to_first_token(
+    store: StoreClient, model: TinyLlama, prompt: list[int], *, wait_s: float
+) -> tuple[float, torch.Tensor]:
+    """Seconds from the prompt's tokens to the first new one (keys, fetch, one step, argmax), and the KV."""
     start = time.perf_counter()
-    kv = fetch(store, block_keys(prompt), wait_s=0.0)
+    kv = fetch(store, block_keys(prompt), wait_s=wait_s)
     _, logits = _resume(model, kv, prompt)
     logits.argmax().item()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, kv
 
 
 def _decode(model: TinyLlama, kv: torch.Tensor, prompt: list[int]) -> Generation:

@@ -6,7 +6,14 @@ from statistics import median
 import msgspec
 
 from benchmarks.demo.geometry import BLOCK_BYTES, BLOCK_TOKENS, PROMPT_BLOCKS, PROMPT_TOKENS
-from benchmarks.demo.reports import AloneReport, Control, DecodeReport, PrefillReport
+from benchmarks.demo.reports import (
+    AloneReport,
+    Control,
+    DecodeReport,
+    Generation,
+    PrefillReport,
+    ReturnReport,
+)
 
 _MIB = 1 << 20
 
@@ -39,15 +46,20 @@ class Verdict(msgspec.Struct, frozen=True):
     held_bytes: int
     ttft_without_store_s: float
     ttft_with_store_s: float
+    ttft_after_kill_s: float
+    loaded_bytes: int
     ttft_ratio: float
     rounds: int
 
 
-def judge(alone: AloneReport, prefill: PrefillReport, decode: DecodeReport) -> Verdict:
+def judge(alone: AloneReport, prefill: PrefillReport, decode: DecodeReport, back: ReturnReport) -> Verdict:
     """Compare. The bytes moved must be those of the prompt's blocks; the daemon holds one block more."""
-    comparisons = [_compare_decode(alone, prefill, decode)]
+    comparisons = [
+        _compare_decode("decode from the store", alone, prefill, decode.generation, decode.digests),
+        _compare_decode("decode after the daemon was killed", alone, prefill, back.generation, back.digests),
+    ]
     comparisons += [_compare_control(alone, prefill, control) for control in decode.controls]
-    all_moved = prefill.written_bytes == decode.read_bytes == PROMPT_BLOCKS * BLOCK_BYTES
+    all_moved = prefill.written_bytes == decode.read_bytes == back.loaded_bytes == PROMPT_BLOCKS * BLOCK_BYTES
     all_held = decode.held_bytes == (PROMPT_BLOCKS + 1) * BLOCK_BYTES
     without_store_s, with_store_s = median(alone.ttft_s), median(decode.ttft_s)
     return Verdict(
@@ -62,6 +74,8 @@ def judge(alone: AloneReport, prefill: PrefillReport, decode: DecodeReport) -> V
         held_bytes=decode.held_bytes,
         ttft_without_store_s=without_store_s,
         ttft_with_store_s=with_store_s,
+        ttft_after_kill_s=back.ttft_s,
+        loaded_bytes=back.loaded_bytes,
         ttft_ratio=without_store_s / with_store_s,
         rounds=len(decode.ttft_s),
     )
@@ -81,8 +95,10 @@ def table(verdict: Verdict) -> str:
         f"{'TTFT without the store':50}{_ms(verdict.ttft_without_store_s)}   median of {verdict.rounds}",
         f"{'TTFT with the store':50}{_ms(verdict.ttft_with_store_s)}   median of {verdict.rounds}, "
         f"{verdict.ttft_ratio:.0f} times sooner",
+        f"{'TTFT from disk, after SIGKILL and a new daemon':50}{_ms(verdict.ttft_after_kill_s)}   once",
         f"{'bytes published by the prefill process':50}{verdict.published_bytes:>10,}",
         f"{'bytes fetched by the decode process':50}{verdict.fetched_bytes:>10,}",
+        f"{'bytes loaded from disk after SIGKILL':50}{verdict.loaded_bytes:>10,}",
         f"{'bytes held by the daemon, one more block':50}{verdict.held_bytes:>10,}",
         f"{'least gap between the two best logits':50}{verdict.least_gap:10.4f}   rounding: 1e-6",
         "",
@@ -91,10 +107,12 @@ def table(verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
-def _compare_decode(alone: AloneReport, prefill: PrefillReport, decode: DecodeReport) -> Comparison:
-    first = _first_difference(alone.generation.tokens, decode.generation.tokens)
-    bytes_equal = prefill.digests == decode.digests
-    return Comparison("decode from the store", first, bytes_equal, first is None and bytes_equal)
+def _compare_decode(
+    name: str, alone: AloneReport, prefill: PrefillReport, generation: Generation, digests: Sequence[str]
+) -> Comparison:
+    first = _first_difference(alone.generation.tokens, generation.tokens)
+    bytes_equal = prefill.digests == list(digests)
+    return Comparison(name, first, bytes_equal, first is None and bytes_equal)
 
 
 def _compare_control(alone: AloneReport, prefill: PrefillReport, control: Control) -> Comparison:
