@@ -9,7 +9,7 @@ from typing import Final
 # A single failure may be one bad sector; a tier that fails three times in a row fails.
 FAILURES_MAX: Final = 3
 PROBE_FIRST_S: Final = 0.5
-PROBE_LAST_S: Final = 30.0
+PROBE_LAST_S: Final = 5.0
 WATCH_S: Final = 1.0
 
 

@@ -62,6 +62,13 @@ class Demoter:
                     self._enter(lower, block)
         self.pump()
 
+    def promoted(self, lower: Lower, blocks: Sequence[Block]) -> None:
+        """These blocks have come from a tier that has given them up: it is to get them back."""
+        for block in blocks:
+            if self._destination([lower], block) is lower:
+                self._enter(lower, block)
+        self.pump()
+
     def hit(self, blocks: Sequence[Block]) -> None:
         """A reader was given these blocks."""
         if not self._admits_by_hits:
@@ -189,8 +196,7 @@ class Demoter:
                 below = None if shelf is None else shelf.sealed.get(block.key)
                 if below is not None:
                     copies.append(below)
-            for copy in copies:
-                lower.directory.requested([copy])
+            lower.directory.requested(copies[::-1])  # what left first is the oldest, as a tail is
 
     # What is written next.
 
@@ -223,7 +229,7 @@ class Demoter:
     def _coldest(self, lower: Lower) -> Iterator[Block]:
         """What may be demoted now, while the arena is too full."""
         spare_bytes = 0
-        for entry in islice(self._arena.directory.policy.coldest(), _LOOKS_MAX):
+        for entry in list(islice(self._arena.directory.policy.coldest(), _LOOKS_MAX)):
             if not self._too_full(lower, spare_bytes):
                 return
             block = cast(Block, entry)

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # Blocks entered into the directory before others have their turn: about 1 ms.
 _TURN: Final = 256
+# A daemon that starts waits so long for what its disks hold, and then goes on without them.
+_START_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class Lower:
         self.evicted_stamp = 0  # of the block that left last
         self._listeners = tuple(listeners)
         self._recovered = False
+        self._starting: asyncio.Future[None] | None = None
         # What was removed while the tier could not be told: (namespace id, key).
         self._graves: set[tuple[bytes, bytes]] = set()
         self._reason = ""
@@ -134,8 +137,13 @@ class Lower:
         Raises:
             ConfigError: the tier cannot be what it should be.
         """
+        self._starting = asyncio.ensure_future(self.recover())
         try:
-            await self.recover()
+            done, _ = await asyncio.wait({self._starting}, timeout=_START_S)
+            if not done:
+                self._opened(f"it is not open after {_START_S} s")
+                return
+            await self._starting
         except TierError as error:
             self._opened(str(error))
         else:
@@ -143,6 +151,8 @@ class Lower:
 
     async def watch(self) -> None:
         """Look after the tier, for as long as it is there: open the breaker, and close it."""
+        if self._starting is not None:
+            await asyncio.wait({self._starting})
         while True:
             await asyncio.sleep(self.breaker.pause_s(random.random()))
             before = self.breaker.open
@@ -266,9 +276,10 @@ class Lower:
                 if self.calls:
                     return False
                 await self.recover()
-            if self._graves and self.breaker.open:
+            if self._graves:
+                buried = set(self._graves)
                 await self.tier.flush()
-                self._graves.clear()
+                self._graves -= buried
         except TimeoutError:
             self._trip(f"no answer within {self.rules.timeout_s} s")
             return False

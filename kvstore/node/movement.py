@@ -115,7 +115,7 @@ class Movements:
             if source is not None:
                 below.append(source)
         lower.drop(below)
-        self.demoter.sealed(blocks)
+        self.demoter.promoted(lower, blocks)
 
     def _breaker_changed(self, lower: Lower) -> None:
         self._spawn(self.demoter.breaker_changed(lower))
