@@ -2,7 +2,6 @@
 
 import mmap
 from collections.abc import AsyncIterator, Iterator, Sequence
-from itertools import islice
 from typing import Final
 
 from kvstore.errors import TierError
@@ -34,7 +33,7 @@ class Verification:
         lower = self._lower
         if lower.breaker.open:
             raise TierError(f"tier {lower.name} fails and is left alone until it is back; check it then")
-        taken = list(_turn([b.length for b in islice(self._blocks, after, after + _TURN_BLOCKS)]))
+        taken = list(_turn([block.length for block in self._blocks[after : after + _TURN_BLOCKS]]))
         blocks = [b for b in self._blocks[after : after + len(taken)] if b.state is State.SEALED]
         lower.directory.pin(blocks)
         lower.calls += 1
@@ -61,7 +60,7 @@ async def verify_stopped(tier: StorageTier) -> AsyncIterator[tuple[int, int, lis
     found = await tier.recover()
     done = 0
     while done < len(found):
-        turn = list(islice(found, done, done + _TURN_BLOCKS))
+        turn = found[done : done + _TURN_BLOCKS]
         turn = turn[: len(list(_turn([transfer.length for transfer in turn])))]
         await read_aside(tier, turn)
         done += len(turn)
