@@ -55,6 +55,7 @@ class Daemon:
                 config.limits.clients,
             ),
         )
+        self.hangs = False  # at the end: a thread is still in a call that does not return
         self._listening = False
         self._failed: BaseException | None = None
         self._stop = asyncio.Event()
@@ -97,8 +98,7 @@ class Daemon:
         finally:
             self._listening = False
             await self._server.close()
-            if not await self._store.movements.stop():
-                logger.warning("some calls of a tier hang; leaving without them")
+            self.hangs = not await self._store.movements.stop()
             self._dram.close()
             http.should_exit = True
             await serving
@@ -213,9 +213,14 @@ def serve(config: Config) -> None:
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
 
-    async def main() -> None:
+    async def main() -> bool:
         await clear_stale_socket(Path(config.socket))  # before anything that another daemon would notice
-        await Daemon(config).run()
+        daemon = Daemon(config)
+        await daemon.run()
+        return daemon.hangs
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main())
+        if runner.run(main()):
+            logger.warning("a disk hangs: leaving without waiting for it")
+            logging.shutdown()
+            os._exit(0)  # the interpreter would wait for the thread
