@@ -23,7 +23,13 @@ from kvstore.client import StoreClient
 class Node:
     """`kvstore serve` with a socket in a folder of its own. Stops, or is killed, with the test."""
 
-    def __init__(self, dram: str = "64MiB", *flags: str, environ: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        dram: str = "64MiB",
+        *flags: str,
+        environ: dict[str, str] | None = None,
+        module: str = "kvstore",
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="kvstore-test-")
         self.folder = Path(self._folder.name)
         self.socket = self.folder / "node.sock"
@@ -31,7 +37,7 @@ class Node:
         self._command = [
             sys.executable,
             "-m",
-            "kvstore",
+            module,
             "serve",
             "--dram",
             dram,

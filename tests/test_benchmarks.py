@@ -12,6 +12,8 @@ import pytest
 from benchmarks.harness import Limit, Row, Target, interleaved, judge
 from benchmarks.peers import PEER_TO_INSTALL
 from benchmarks.peers.base import WorkingSet, filled_buffer
+from benchmarks.trace import KNOWN, QUICK_SIZES, Way, prompts, replay_one, replay_two
+from kvstore.node.policy import POLICIES
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,17 +22,14 @@ def row(case: str, ours: float, limit: float, *, better: Any = "higher", **peers
     return Row("node", case, "GB/s", better, ours, Limit("memcpy", limit), peers)
 
 
-@pytest.fixture(scope="module")
-def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """What `node --quick` writes and prints where no peer is installed."""
-    directory = tmp_path_factory.mktemp("benchmarks")
-    for package in ("redis", "mooncake"):
-        (directory / f"{package}.py").write_text(f"raise ImportError('no {package} here')")
-    output = directory / "rows.json"
+FIELDS = {"bench", "case", "unit", "better", "ours", "limit", "peers"}
+
+
+def run_quick(names: list[str], output: Path, **environ: str) -> tuple[dict[str, Any], str]:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "node", "--quick", "--json", str(output)],
+        [sys.executable, "-m", "benchmarks", *names, "--quick", "--json", str(output)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(directory)},
+        env={**os.environ, **environ},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -41,12 +40,21 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any],
     return json.loads(output.read_text()), done.stdout
 
 
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """What `node --quick` writes and prints where no peer is installed."""
+    directory = tmp_path_factory.mktemp("benchmarks")
+    for package in ("redis", "mooncake"):
+        (directory / f"{package}.py").write_text(f"raise ImportError('no {package} here')")
+    return run_quick(["node"], directory / "rows.json", PYTHONPATH=str(directory))
+
+
 def test_rows_have_figures_limits_and_units(quick_run: tuple[dict[str, Any], str]) -> None:
     contents, _ = quick_run
     cases = {row["case"]: row for row in contents["rows"]}
     assert {f"{verb} 2MiB" for verb in ("put batch", "get batch", "put single", "get single")} <= set(cases)
     for found in cases.values():
-        assert set(found) == {"bench", "case", "unit", "better", "ours", "limit", "peers"}
+        assert set(found) == FIELDS
         assert found["bench"] == "node"
         assert found["better"] in ("higher", "lower")
         assert found["ours"] > 0
@@ -133,3 +141,54 @@ def test_batches_cover_every_block_once_and_stay_small() -> None:
     assert [number for batch in work.batches() for number in batch] == list(range(200))
     big = WorkingSet(work.keys, 32 << 20, source, source)
     assert max(map(len, big.batches())) == 4
+
+
+def test_the_nvme_tier_is_measured_where_it_is_told_to_be(tmp_path: Path) -> None:
+    contents, _ = run_quick(
+        ["nvme", "--rounds", "1"], tmp_path / "rows.json", KVSTORE_BENCH_DIR=str(tmp_path)
+    )
+    cases = {row["case"]: row for row in contents["rows"]}
+    assert {"store 2MiB, 1 under way", "load 2MiB, 4 under way", "recover 64KiB"} <= set(cases)
+    assert all(set(found) == FIELDS and found["ours"] > 0 for found in cases.values())
+    assert set(cases["load 2MiB, 2 under way"]["peers"]) == {"file per block", "no checksum"}
+    assert "O_DIRECT" in contents["captions"]["nvme"]
+    assert contents["targets"]["nvme"]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_a_node_with_nvme_loses_nothing_while_it_is_measured(tmp_path: Path) -> None:
+    contents, _ = run_quick(
+        ["tiers", "--rounds", "1"], tmp_path / "rows.json", KVSTORE_BENCH_DIR=str(tmp_path)
+    )
+    cases = {row["case"]: row for row in contents["rows"]}
+    assert all(set(found) == FIELDS for found in cases.values())
+    assert cases["wrong blocks, 2MiB"]["ours"] == 0
+    assert cases["hits in DRAM or NVMe, 2MiB"]["ours"] == 100
+    assert cases["back after SIGKILL"]["ours"] == 100
+    assert cases["loaded, NVMe saturated, 2MiB"]["ours"] > 0
+    assert cases["ready with 64KiB blocks"]["ours"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_the_trace_is_replayed_and_judged(tmp_path: Path) -> None:
+    contents, _ = run_quick(["trace"], tmp_path / "rows.json")
+    assert all(set(found) == FIELDS for found in contents["rows"])
+    assert [target["met"] for target in contents["targets"]["trace"]] == [True]
+
+
+def test_the_trace_is_whole() -> None:
+    keys = [key for prompt in prompts() for key in prompt]
+    assert (len(prompts()), len(keys), len(set(keys))) == (12_031, 288_500, 182_790)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("size", QUICK_SIZES)
+def test_hit_rates_agree_with_those_known_of_the_trace(name: str, size: int) -> None:
+    assert replay_one(POLICIES[name], size) == pytest.approx(KNOWN[size][name], abs=0.01)
+
+
+def test_a_tier_below_adds_hits_and_a_block_that_stays_there_is_written_once() -> None:
+    demoted, exclusive = (replay_two(way, 1_000, 10_000) for way in (Way.DEMOTE, Way.EXCLUSIVE))
+    assert demoted.dram == exclusive.dram == pytest.approx(KNOWN[1_000]["lru"], abs=0.01)
+    assert KNOWN[10_000]["lru"] <= demoted.nvme <= exclusive.nvme
+    assert demoted.written < exclusive.written

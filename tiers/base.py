@@ -71,9 +71,6 @@ class Space(Protocol):
     def free(self, slot: Slot) -> Slot:
         """Give a slot back; the answer is the free slot it has become part of."""
 
-    def grow(self, ready_bytes: int) -> None:
-        """Give out slots up to here."""
-
     def largest(self, count: int) -> list[Slot]:
         """Up to `count` of the largest free slots."""
 
@@ -86,6 +83,9 @@ class SlotTier(Tier, Space, Protocol):
     """Memory given out in slots that clients map."""
 
     arena: int
+
+    def grow(self, ready_bytes: int) -> None:
+        """Give out slots up to here."""
 
     def open(self, *, writable: bool) -> int:
         """A new descriptor of the memory, for a client to map; the caller closes it."""
@@ -146,7 +146,8 @@ class StorageTier(Tier, Space, Protocol):
         """Open what is stored and say what it holds, oldest first, with slots taken and nothing in memory.
 
         What does not fit the capacity, or is damaged as far as can be told without reading the blocks, is
-        left out. May be called again after `same` said no, when no other call is under way.
+        left out. May be called again after `same` said no, when no other call is under way: slots and records
+        of before mean nothing then, so whoever has some lets go of them first.
 
         Raises:
             ConfigError: somebody else owns the place, or it cannot be what it should be: do not go on.

@@ -141,9 +141,6 @@ class NvmeTier:
     def free(self, slot: Slot) -> Slot:
         return self._allocator.free(slot)
 
-    def grow(self, ready_bytes: int) -> None:
-        self._allocator.grow(ready_bytes)
-
     def largest(self, count: int) -> list[Slot]:
         return self._allocator.largest(count)
 

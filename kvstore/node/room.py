@@ -92,9 +92,10 @@ class Room:
             self._free_oldest()
 
     def grow(self, ready_bytes: int) -> None:
-        """The tier's memory is populated up to here."""
-        self._space.grow(ready_bytes)
-        self._populated = ready_bytes == self._space.capacity_bytes
+        """The memory is populated up to here."""
+        assert self._memory is not None
+        self._memory.grow(ready_bytes)
+        self._populated = ready_bytes == self._memory.capacity_bytes
 
     def statistics(self) -> RoomStatistics:
         """Totals since start."""
