@@ -246,8 +246,8 @@ def _validate_nvme(nvme: NvmeConfig) -> None:
         raise ConfigError(f"nvme.write is {nvme.write!r}; give behind or on-eviction")
     if nvme.exclusive and nvme.write == "behind":
         raise ConfigError('nvme.exclusive is true, and nvme.write "behind": then write on-eviction')
-    if not 1 <= nvme.threads <= 64:
-        raise ConfigError(f"nvme.threads is {nvme.threads}; give 1 to 64")
+    if not 2 <= nvme.threads <= 64:
+        raise ConfigError(f"nvme.threads is {nvme.threads}; give 2 to 64, for readers and writers")
     if nvme.admit_hits < 0:
         raise ConfigError(f"nvme.admit_hits is {nvme.admit_hits}; give 0 or more")
     if not 0.01 <= nvme.timeout_s <= 600:

@@ -98,6 +98,9 @@ def test_any_other_address_is_an_error_that_names_it(value: Any) -> None:
         ('htpp = "127.0.0.1:1"', "htpp", "http"),
         ('[dram]\ncapcity = "4GiB"', "dram.capcity", "dram.capacity"),
         ("[limit]\nclients = 1", "limit", "limits"),
+        ("[nvme]\ndirectory = 1", "nvme.directory", "nvme.directories"),
+        ("[nvme]\ntimeout = 1", "nvme.timeout", "nvme.timeout_s"),
+        ("[dram]\nhigh_water = 0.9", "dram.high_water", "dram.high_watermark"),
         ("[limits]\nclient_pinned = 0.5", "limits.client_pinned", "limits.client_pinned_fraction"),
         ('"" = 1', "", ""),
     ],
@@ -128,6 +131,14 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(
         ('[dram]\ncapacity = "4GB"', "dram.capacity is '4GB'; give bytes as"),
         ('dram = "4GiB"', "dram is '4GiB'; it is a section: write [dram]"),
         ("limits = 3", "limits is 3; it is a section: write [limits]"),
+        ('[dram]\nhigh_watermark = "high"', "dram.high_watermark is 'high'; give a float, as 0.95"),
+        ('nvme = "/mnt:1GiB"', "nvme is '/mnt:1GiB'; it is a section: write [nvme]"),
+        ('[nvme]\ndirectories = "/mnt:1GiB"', "nvme.directories is '/mnt:1GiB'; give a"),
+        ("[nvme]\ndirectories = [1]", "nvme.directories is [1]; give a"),
+        ("[nvme]\nexclusive = 1", "nvme.exclusive is 1; give a bool, as False"),
+        ("[nvme]\nadmit_hits = 1.5", "nvme.admit_hits is 1.5; give a int, as 0"),
+        ("[nvme]\nthreads = true", "nvme.threads is True; give a int, as 4"),
+        ('[nvme]\ntimeout_s = "2s"', "nvme.timeout_s is '2s'; give a float, as 2.0"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_an_error_that_names_it(tmp_path: Path, text: str, message: str) -> None:
@@ -168,6 +179,53 @@ def test_a_value_out_of_range_is_an_error_that_names_it_and_the_limit(
     with pytest.raises(ConfigError) as caught:
         load(None, {**settings, "dram": {"capacity": "4MiB", **settings.get("dram", {})}})
     assert message in str(caught.value)
+
+
+DISK = {"directories": ["/mnt/a:1GiB"]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, 'nvme.directories is empty; give ["/mnt/nvme0:500GiB"], or leave [nvme] out'),
+        ({"directories": ["/mnt"]}, "nvme.directories is '/mnt'; give PATH:CAPACITY"),
+        ({"directories": [":1GiB"]}, "nvme.directories is ':1GiB'; give PATH:CAPACITY"),
+        ({"directories": ["/mnt:1GB"]}, "nvme.directories /mnt is '1GB'; give bytes as"),
+        ({"directories": ["/mnt:0"]}, "nvme.directories /mnt is '0'; give bytes as"),
+        ({"directories": ["/mnt:1GiB", "/mnt:2GiB"]}, "names a directory twice: /mnt:1GiB, /mnt:2GiB"),
+        ({**DISK, "policy": "mru"}, "nvme.policy is 'mru'; give lru or fifo"),
+        ({**DISK, "write": "through"}, "nvme.write is 'through'; give behind or on-eviction"),
+        ({**DISK, "exclusive": True}, 'nvme.exclusive is true, and nvme.write "behind"'),
+        ({**DISK, "admit_hits": -1}, "nvme.admit_hits is -1; give 0 or more"),
+        ({**DISK, "threads": 0}, "nvme.threads is 0; give 2 to 64"),
+        ({**DISK, "threads": 65}, "nvme.threads is 65; give 2 to 64"),
+        ({**DISK, "timeout_s": 0}, "nvme.timeout_s is 0.0; give 0.01 to 600 seconds"),
+        ({**DISK, "timeout_s": 601}, "nvme.timeout_s is 601.0; give 0.01 to 600 seconds"),
+        ({**DISK, "timeout_s": float("nan")}, "nvme.timeout_s is nan; give 0.01 to 600 seconds"),
+    ],
+)
+def test_a_setting_of_the_disk_out_of_range_is_an_error_that_names_it_and_the_limit(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(None, {**DRAM, "nvme": settings})
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.9, 0.8), (0, 0.5), (0.5, 1.1), (-1, 0.5), (float("nan"), 1)])
+def test_watermarks_out_of_order_are_an_error_that_names_both(low: float, high: float) -> None:
+    with pytest.raises(ConfigError, match=r"give 0 < low <= high <= 1") as caught:
+        load(None, {"dram": {"capacity": "4MiB", "low_watermark": low, "high_watermark": high}})
+    assert f"dram.low_watermark is {float(low)} and dram.high_watermark {float(high)}" in str(caught.value)
+
+
+def test_a_disk_is_configured_by_its_file_and_by_flags(tmp_path: Path) -> None:
+    path = written(tmp_path, '[nvme]\ndirectories = ["/mnt/a:1GiB"]\nwrite = "on-eviction"\nthreads = 8\n')
+    config = load(path, {**DRAM, "nvme": {"directories": ["/mnt/a:b:2GiB"]}})
+    assert config.nvme is not None
+    assert config.nvme.places == [(Path("/mnt/a:b"), 2 << 30)]
+    assert (config.nvme.write, config.nvme.threads) == ("on-eviction", 8)
+    assert load(None, DRAM).nvme is None
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "[::1]"])

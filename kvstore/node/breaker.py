@@ -10,6 +10,8 @@ from typing import Final
 FAILURES_MAX: Final = 3
 PROBE_FIRST_S: Final = 0.5
 PROBE_LAST_S: Final = 5.0
+# So many calls must go well before a tier that fails again is probed as often as one that never failed.
+SUCCESSES_MIN: Final = 32
 WATCH_S: Final = 1.0
 
 
@@ -20,11 +22,15 @@ class Breaker:
         self.open = False
         self.opened = 0  # how often, since start
         self._failures = 0
+        self._successes = 0
         self._probes = 0
 
     def succeeded(self) -> None:
         """A call went well."""
         self._failures = 0
+        self._successes += 1
+        if self._successes >= SUCCESSES_MIN:
+            self._probes = 0
 
     def failed(self) -> bool:
         """A call failed; whether that opened the breaker."""
@@ -37,7 +43,7 @@ class Breaker:
             return False
         self.open = True
         self.opened += 1
-        self._probes = 0
+        self._successes = 0
         return True
 
     def probed(self, *, well: bool) -> bool:

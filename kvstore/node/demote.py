@@ -5,7 +5,7 @@ the arena until it is written, which is how a slow disk holds writers back; what
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final, cast
@@ -35,10 +35,11 @@ class _Write:
 
 
 class Demoter:
-    """Writes blocks of an arena into the tiers below it."""
+    """Writes blocks of an arena into the tiers below it; `ended` is told of every call."""
 
-    def __init__(self, arena: Arena, lowers: Sequence[Lower]) -> None:
+    def __init__(self, arena: Arena, lowers: Sequence[Lower], *, ended: Callable[[Lower], None]) -> None:
         self._arena = arena
+        self._ended_call = ended
         self._lowers = tuple(lowers)
         media = dict.fromkeys(lower.tier.medium for lower in lowers)
         self._groups = [[low for low in lowers if low.tier.medium is medium] for medium in media]
@@ -129,16 +130,19 @@ class Demoter:
     def pump(self) -> None:
         """Begin as many calls as there may be."""
         for lower in self._lowers:
-            # One of the calls is left to readers.
-            while lower.writing < max(1, lower.rules.jobs - 1) and not lower.breaker.open:
-                writes = self._next(lower)
-                if not writes:
-                    break
-                lower.calls += 1
-                lower.writing += 1
-                task = asyncio.get_running_loop().create_task(self._run(lower, writes))
-                self.writing.add(task)
-                task.add_done_callback(self.writing.discard)
+            self.pump_one(lower)
+
+    def pump_one(self, lower: Lower) -> None:
+        """Begin as many calls of one tier as there may be."""
+        while lower.may_write():
+            writes = self._next(lower)
+            if not writes:
+                break
+            lower.calls += 1
+            lower.writing += 1
+            task = asyncio.get_running_loop().create_task(self._run(lower, writes))
+            self.writing.add(task)
+            task.add_done_callback(self.writing.discard)
 
     def check(self) -> list[str]:
         """Recount what is owed; each line says what is wrong."""
@@ -278,6 +282,8 @@ class Demoter:
             memory=self._arena.tier.view(block.slot),
             checksum=block.checksum,
         )
+        lower.writing_blocks += 1
+        lower.writing_bytes += block.length
         write = self._writes[below] = _Write(block, owed, generation, block.parent, below, transfer)
         return write
 
@@ -309,11 +315,13 @@ class Demoter:
             self._arena.demoted(gone)
             self.left(gone, evicted=True)
         self._arena.waiting.wake(ROOM)
-        self.pump()
+        self._ended_call(lower)
 
     def _ended_below(self, lower: Lower, write: _Write, *, well: bool) -> bool:
         """Whether the block can be read below now."""
         below, transfer = write.below, write.transfer
+        lower.writing_blocks -= 1
+        lower.writing_bytes -= below.length
         del self._writes[below]
         slot = lower.directory.let_go(below)
         if transfer.dropped and not write.forgotten:

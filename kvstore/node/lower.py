@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from kvstore.errors import ConfigError, TierError
 from kvstore.node.arena import Listener
+from kvstore.node.aside import as_transfer, read_aside
 from kvstore.node.blocks import Block, Shelf, State
 from kvstore.node.breaker import Breaker
 from kvstore.node.directory import TierDirectory
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 # Blocks entered into the directory before others have their turn: about 1 ms.
 _TURN: Final = 256
+# One line of the log at most in this time for damaged blocks.
+_SILENCE_S: Final = 60.0
 # A daemon that starts waits so long for what its disks hold, and then goes on without them.
 _START_S: Final = 10.0
 
@@ -69,7 +72,9 @@ class Lower:
         self.unwritten_bytes = 0
         self.counters = TierCounters()
         self.reads, self.writes = Latencies(), Latencies()
-        self.writing = 0  # calls that write
+        self.reading = self.writing = 0  # calls under way
+        self.queued_reads = 0
+        self.writing_blocks = self.writing_bytes = 0
         self.calls = 0  # under way or about to be, late ones included; kept by those who make them
         self.evicted_stamp = 0  # of the block that left last
         self._listeners = tuple(listeners)
@@ -78,6 +83,7 @@ class Lower:
         # What was removed while the tier could not be told: (namespace id, key).
         self._graves: set[tuple[bytes, bytes]] = set()
         self._reason = ""
+        self._silent_until = 0.0
         self._on_breaker: Callable[[Lower], None] = lambda _: None
 
     def on_breaker(self, call: Callable[["Lower"], None]) -> None:
@@ -94,6 +100,19 @@ class Lower:
         """How busy and how full the tier is, to be compared with others'."""
         capacity = self.tier.capacity_bytes
         return self.unwritten_bytes / capacity, 1 - self.tier.free_bytes / capacity
+
+    # No more calls at once than the tier has threads: what waits for one would count as late. Where both
+    # wait, writers have one of them and readers the rest.
+
+    def may_read(self) -> bool:
+        """Whether another call that reads may begin now."""
+        others = 1 if self.unwritten and not self.rules.on_eviction else self.writing
+        return self._has_idle_thread() and self.reading < max(1, self.rules.jobs - min(1, others))
+
+    def may_write(self) -> bool:
+        """Whether another call that writes may begin now."""
+        most = 1 if self.queued_reads else max(1, self.rules.jobs - 1)
+        return self._has_idle_thread() and self.writing < most
 
     def readable(self, shelf: Shelf, key: bytes) -> Block | None:
         """The block, if it is here and the tier can be asked for it."""
@@ -220,9 +239,14 @@ class Lower:
         self.announce_removed(gone)
 
     def damaged(self, blocks: Sequence[Block]) -> None:
-        """These blocks are not what was written: drop them, and say so once for all of them."""
-        for block in blocks[:1]:
-            logger.warning("tier %s: %d blocks damaged, the first %s", self.name, len(blocks), block)
+        """These blocks are not what was written: drop them, and say so now and then."""
+        if blocks and time.monotonic() >= self._silent_until:
+            self._silent_until = time.monotonic() + _SILENCE_S
+            logger.warning(
+                "tier %s: a block is damaged and dropped, %s; the count of others is in damaged_blocks",
+                self.name,
+                blocks[0],
+            )
         self.drop(blocks)
         self.counters.damaged_blocks += len(blocks)
 
@@ -255,6 +279,9 @@ class Lower:
 
     # Helpers.
 
+    def _has_idle_thread(self) -> bool:
+        return not self.breaker.open and self.reading + self.writing < self.rules.jobs
+
     async def _flush(self) -> bool:
         self.calls += 1
         try:
@@ -268,7 +295,7 @@ class Lower:
                 async with asyncio.timeout(self.rules.timeout_s):
                     same = await self.tier.same()
                     if same and self.breaker.open:
-                        await self.tier.probe()
+                        await self._probe()
                 if not same:
                     self._recovered = False
                     self._trip("its files are gone or not the same")
@@ -287,6 +314,13 @@ class Lower:
             self._trip(str(error))
             return False
         return True
+
+    async def _probe(self) -> None:
+        """Write a little and read a block, if there is one: a disk may do the one and not the other."""
+        await self.tier.probe()
+        stored = next((block for shelf in self.directory.shelves() for block in shelf.sealed.values()), None)
+        if stored is not None:
+            await read_aside(self.tier, [as_transfer(stored)])
 
     async def _forget_all(self) -> None:
         """Take every block out of the directory: the files that they were in are not there any more."""

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from kvstore.errors import TierError
 from kvstore.node.arena import Arena
-from kvstore.node.blocks import Block, State
+from kvstore.node.blocks import Block, Shelf, State
 from kvstore.node.demote import Demoter
 from kvstore.node.lower import Lower
 from kvstore.node.promote import Promoter, Shelves
@@ -22,8 +22,10 @@ class Movements:
     def __init__(self, arena: Arena, lowers: Sequence[Lower]) -> None:
         self._arena = arena
         self.lowers = tuple(lowers)
-        self.demoter = Demoter(arena, lowers)
-        self.promoter = Promoter(arena, lowers, promoted=self._promoted, wanted=self.demoter.want)
+        self.demoter = Demoter(arena, lowers, ended=self._call_ended)
+        self.promoter = Promoter(
+            arena, lowers, promoted=self._promoted, wanted=self.demoter.want, ended=self._call_ended
+        )
         self._tasks: set[asyncio.Task[None]] = set()
         arena.on_evicted(lambda blocks: self.demoter.left(blocks, evicted=True))
         for lower in lowers:
@@ -62,6 +64,13 @@ class Movements:
     def below(self, shelves: Shelves, key: bytes) -> bool:
         """Whether a tier below has the block and can be asked for it."""
         return len(shelves) > 1 and self.promoter.source(shelves, key) is not None
+
+    def readable(self, shelves: Shelves) -> Shelves:
+        """The shelves, with empty ones for tiers that cannot be asked now."""
+        if not any(lower.breaker.open for lower in self.lowers):
+            return shelves
+        below = zip(self.lowers, shelves[1:], strict=True)
+        return shelves[0], *[Shelf(s.tier, s.namespace) if low.breaker.open else s for low, s in below]
 
     def missed(self, blocks: int) -> None:
         """Count what a reader waited for in vain."""
@@ -117,7 +126,13 @@ class Movements:
         lower.drop(below)
         self.demoter.promoted(lower, blocks)
 
+    def _call_ended(self, lower: Lower) -> None:
+        self.promoter.pump(lower)
+        self.demoter.pump_one(lower)
+
     def _breaker_changed(self, lower: Lower) -> None:
+        if lower.breaker.open:
+            self.promoter.give_up_queued(lower)
         self._spawn(self.demoter.breaker_changed(lower))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

@@ -64,7 +64,6 @@ async def acquire(
             readers.release(holder, lease.id)
         raise
     readers.count_hits(lease, keys)
-    store.movements.missed(len(keys) - len(lease.blocks))
     return lease
 
 
@@ -79,9 +78,7 @@ async def acquire_each(
         if subject is None:
             break
         await store.waiting.wait(subject, remaining)
-    lease, found = store.readers.acquire_each(holder, items)
-    store.movements.missed(len(items) - len(lease.blocks))
-    return lease, found
+    return store.readers.acquire_each(holder, items)
 
 
 def _prefix_under_way(

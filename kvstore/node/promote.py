@@ -5,6 +5,7 @@ running, and the next one finds the block.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -33,7 +34,7 @@ class _Load:
 class Promoter:
     """Loads into an arena from the tiers below it, fastest first.
 
-    `promoted` is told of what has arrived, `wanted` of how many bytes found no room.
+    `promoted` is told of what has arrived, `wanted` of how many bytes found no room, `ended` of every call.
     """
 
     def __init__(
@@ -43,11 +44,14 @@ class Promoter:
         *,
         promoted: Callable[[Lower, Sequence[Block]], None],
         wanted: Callable[[int], None],
+        ended: Callable[[Lower], None],
     ) -> None:
         self._arena = arena
         self._lowers = tuple(lowers)
         self._promoted = promoted
         self._wanted = wanted
+        self._ended_call = ended
+        self._queues: dict[Lower, deque[list[_Load]]] = {lower: deque() for lower in lowers}
         self._loading_bytes = 0
         self._loading_bytes_max = int(arena.tier.capacity_bytes * _LOADING_FRACTION)
         self.loading: set[asyncio.Task[None]] = set()
@@ -63,24 +67,18 @@ class Promoter:
     def load(self, items: Sequence[tuple[Shelves, bytes]], bytes_max: int) -> None:
         """Begin to load what of these is below and not on its way, in their order, as far as there is room.
 
-        `bytes_max` bounds what this call begins. What of the items is in the arena is not evicted for it.
+        Only as many of the items count as have `bytes_max` together; what of those is in the arena already is
+        not evicted for the others.
         """
         arena, directory = self._arena, self._arena.directory
-        kept = [block for shelves, key in items if (block := shelves[0].sealed.get(key)) is not None]
+        kept, sources = self._within(items, bytes_max)
         directory.pin(kept)
         arena.room.begin()
         calls: dict[Lower, list[_Load]] = {}
-        for shelves, key in items:
-            if key in shelves[0].sealed or key in shelves[0].pending:
-                continue
-            found = self.source(shelves, key)
-            if found is None:
-                continue
-            lower, source = found
-            bytes_max -= source.length
-            if bytes_max < 0 or not self._may_load(source.length):
+        for lower, source, shelf in sources:
+            if not self._may_load(source.length):
                 break
-            load = self._begin(lower, source, shelves[0])
+            load = self._begin(lower, source, shelf)
             if load is None:
                 self._wanted(source.length)
                 break
@@ -89,12 +87,54 @@ class Promoter:
         directory.unpin(kept)
         arena.settle()
         for lower, loads in calls.items():
-            self._start(lower, loads)
+            self._enqueue(lower, loads)
+            self.pump(lower)
+
+    def pump(self, lower: Lower) -> None:
+        """Begin as many calls as there may be."""
+        queue = self._queues[lower]
+        while queue and lower.may_read():
+            loads = queue.popleft()
+            lower.queued_reads -= 1
+            lower.reading += 1
+            task = asyncio.get_running_loop().create_task(self._run(lower, loads))
+            self.loading.add(task)
+            task.add_done_callback(self.loading.discard)
+
+    def give_up_queued(self, lower: Lower) -> None:
+        """The tier fails: what has not begun will not, and those who wait for it are told."""
+        queue = self._queues[lower]
+        while queue:
+            loads = queue.popleft()
+            lower.queued_reads -= 1
+            self._end(lower, loads, well=False)
 
     def give_up(self, block: Block) -> None:
         """Nobody is to see what this load brings."""
         self._arena.directory.give_up(block)
         self._arena.waiting.wake(block)
+
+    def _within(
+        self, items: Sequence[tuple[Shelves, bytes]], bytes_max: int
+    ) -> tuple[list[Block], list[tuple[Lower, Block, Shelf]]]:
+        """What of the leading items is in the arena, and what is below; of no more than `bytes_max`."""
+        kept: list[Block] = []
+        sources: list[tuple[Lower, Block, Shelf]] = []
+        for shelves, key in items:
+            arena = shelves[0]
+            block = arena.sealed.get(key)
+            found = None
+            if block is None and key not in arena.pending:
+                found = self.source(shelves, key)
+            there = block or (found[1] if found is not None else arena.pending.get(key))
+            bytes_max -= 0 if there is None else there.length
+            if bytes_max < 0:
+                break
+            if block is not None:
+                kept.append(block)
+            elif found is not None:
+                sources.append((*found, arena))
+        return kept, sources
 
     def _may_load(self, length: int) -> bool:
         return self._loading_bytes == 0 or self._loading_bytes + length <= self._loading_bytes_max
@@ -121,7 +161,7 @@ class Promoter:
         )
         return _Load(block, block.generation, source, transfer)
 
-    def _start(self, lower: Lower, loads: list[_Load]) -> None:
+    def _enqueue(self, lower: Lower, loads: list[_Load]) -> None:
         lower.directory.requested([load.source for load in loads])
         share = max(1, sum([load.source.length for load in loads]) // lower.rules.jobs)
         call: list[_Load] = []
@@ -131,9 +171,8 @@ class Promoter:
             call_bytes += load.source.length
             if call_bytes >= min(share, _CALL_BYTES) or load is loads[-1]:
                 lower.calls += 1
-                task = asyncio.get_running_loop().create_task(self._run(lower, call))
-                self.loading.add(task)
-                task.add_done_callback(self.loading.discard)
+                lower.queued_reads += 1
+                self._queues[lower].append(call)
                 call, call_bytes = [], 0
 
     async def _run(self, lower: Lower, loads: list[_Load]) -> None:
@@ -144,19 +183,24 @@ class Promoter:
 
         operation = lower.tier.read([load.transfer for load in loads])
         well = await lower.attempt(operation, lower.reads, late)
+        lower.reading -= 1
+        self._end(lower, loads, well=well)
+        self._ended_call(lower)
+
+    def _end(self, lower: Lower, loads: list[_Load], *, well: bool) -> None:
+        """What was read can be read by all, or those who wait for it are told that it is not there."""
         lower.unpin([load.source for load in loads])
         lower.calls -= 1
-        arrived = [load for load in loads if self._ended(load, well=well)]
-        blocks = [load.block for load in arrived]
-        if blocks:
-            self._arena.directory.requested(blocks)
-            self._arena.announce_sealed(blocks)
-            lower.counters.read_blocks += len(blocks)
-            lower.counters.read_bytes += sum([block.length for block in blocks])
-        damaged = [load.source for load in loads if load.transfer.damaged]
-        if damaged and well:
+        arrived = [load.block for load in loads if self._ended(load, well=well)]
+        if arrived:
+            self._arena.directory.requested(arrived)
+            self._arena.announce_sealed(arrived)
+            lower.counters.read_blocks += len(arrived)
+            lower.counters.read_bytes += sum([block.length for block in arrived])
+        if well:
+            damaged = [load.source for load in loads if load.transfer.damaged]
             lower.damaged([source for source in damaged if source.state is State.SEALED])
-        self._promoted(lower, blocks)
+        self._promoted(lower, arrived)
         for load in loads:
             self._arena.waiting.wake(load.block)
         self._arena.waiting.wake(ROOM)

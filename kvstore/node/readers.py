@@ -75,6 +75,7 @@ class Readers:
         """Count what an acquire of the keys has found."""
         self._counters.hit_blocks += len(lease.blocks)
         self._counters.missed_blocks += len(keys) - len(lease.blocks)
+        self._movements.missed(len(keys) - len(lease.blocks))
 
     def acquire_each(self, holder: Holder, items: Sequence[tuple[Shelves, bytes]]) -> tuple[ReadLease, bytes]:
         """Pin every item that is here; holes are allowed. The lease, and one byte an item: here or not."""
@@ -94,6 +95,7 @@ class Readers:
         self.looked(len(lease.blocks), len(items))
         self._counters.hit_blocks += len(lease.blocks)
         self._counters.missed_blocks += len(items) - len(lease.blocks)
+        self._movements.missed(len(items) - len(lease.blocks))
         return lease, bytes(found)
 
     def release(self, holder: Holder, lease_id: int) -> None:
@@ -112,11 +114,12 @@ class Readers:
 
     def hit_length(self, shelves: Shelves, keys: Sequence[bytes]) -> HitLength:
         """How many leading keys are here, per medium. Pins nothing and does not count as a use."""
-        return self._all.hit_length(shelves, keys)
+        return self._all.hit_length(self._movements.readable(shelves), keys)
 
     def hit_each(self, items: Sequence[tuple[Shelves, bytes]]) -> bytes:
         """One byte an item: here, in whatever tier, or not."""
-        return bytes(any(key in shelf.sealed for shelf in shelves) for shelves, key in items)
+        readable = self._movements.readable
+        return bytes(any(key in shelf.sealed for shelf in readable(shelves)) for shelves, key in items)
 
     # Helpers.
 

@@ -122,8 +122,8 @@ class Store:
     def _lower_state(self, lower: Lower) -> TierState:
         return replace(
             self._state(lower.tier, lower.directory, lower.counters, lower.evicted_stamp),
-            backlog_blocks=len(lower.unwritten),
-            backlog_bytes=lower.unwritten_bytes,
+            backlog_blocks=len(lower.unwritten) + lower.writing_blocks,
+            backlog_bytes=lower.unwritten_bytes + lower.writing_bytes,
             breaker_open=lower.breaker.open,
             reads=lower.reads,
             writes=lower.writes,

@@ -1,20 +1,19 @@
 """Reading what a storage tier has and comparing it with its checksums: into memory of its own, in turns."""
 
-import mmap
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Final
 
 from kvstore.errors import TierError
+from kvstore.node.aside import as_transfer, read_aside
 from kvstore.node.blocks import State
 from kvstore.node.lower import Lower
 from kvstore.protocol import Verified
 from kvstore.statistics import Latencies
-from tiers.base import StorageTier, Transfer
+from tiers.base import StorageTier
 
 # Read in one turn: short enough for a progress bar and for readers who wait for the same disk.
 _TURN_BYTES: Final = 16 << 20
 _TURN_BLOCKS: Final = 256
-_PAGE_BYTES: Final = 4096
 
 
 class Verification:
@@ -37,11 +36,10 @@ class Verification:
         blocks = [b for b in self._blocks[after : after + len(taken)] if b.state is State.SEALED]
         lower.directory.pin(blocks)
         lower.calls += 1
-        transfers = [
-            Transfer(b.shelf.namespace, b.key, b.length, slot=b.slot, checksum=b.checksum, record=b.record)
-            for b in blocks
-        ]
+        lower.reading += 1
+        transfers = [as_transfer(block) for block in blocks]
         well = await lower.attempt(read_aside(lower.tier, transfers), Latencies(), lambda: None)
+        lower.reading -= 1
         lower.calls -= 1
         lower.unpin(blocks)
         if not well:
@@ -65,19 +63,6 @@ async def verify_stopped(tier: StorageTier) -> AsyncIterator[tuple[int, int, lis
         await read_aside(tier, turn)
         done += len(turn)
         yield done, len(found), [f"{t.namespace} {t.key.hex()}" for t in turn if t.damaged]
-
-
-async def read_aside(tier: StorageTier, transfers: Sequence[Transfer]) -> None:
-    """Read blocks into memory that nobody else sees; says only which are damaged."""
-    sizes = [-(-transfer.length // _PAGE_BYTES) * _PAGE_BYTES for transfer in transfers]
-    if not sizes:
-        return
-    memory = memoryview(mmap.mmap(-1, sum(sizes)))  # on pages, and gone with the last view of it
-    end = 0
-    for transfer, size in zip(transfers, sizes, strict=True):
-        transfer.memory = memory[end : end + size]
-        end += size
-    await tier.read(transfers)
 
 
 def _turn(lengths: Sequence[int]) -> Iterator[int]:
