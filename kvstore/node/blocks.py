@@ -43,10 +43,11 @@ class Block:
     """One block in one tier. `slot` is the tier's own (an arena span, a place in a file).
 
     `generation` is new at every change of state that somebody else will finish, so that a late
-    completion can be told from a current one. `stamp` is the number of the request that used it last, of
-    `TierDirectory.requests`. `parent` and `children` link resident blocks of a prefix. `pins` are those of
-    readers, `copies` those of the node's own I/O. `owed` says how many tiers below must still get the block
-    before it may leave. `checksum` is None until somebody has computed it; `record` is how its tier knows it.
+    completion can be told from a current one; `place` is the generation of its sealing. `stamp` is the number
+    of the request that used it last, of `TierDirectory.requests`. `parent` and `children` link resident
+    blocks of a prefix. `pins` are those of readers, `copies` those of the node's own I/O. `owed` says how
+    many tiers below must still get the block before it may leave. `checksum` is None until somebody has
+    computed it; `record` is how its tier knows it.
     """
 
     __slots__ = (
@@ -59,6 +60,7 @@ class Block:
         "owed",
         "parent",
         "pins",
+        "place",
         "record",
         "shelf",
         "slot",
@@ -73,6 +75,7 @@ class Block:
         self.slot = slot
         self.state = state
         self.generation = 0
+        self.place = 0
         self.stamp = 0
         self.pins = 0
         self.copies = 0

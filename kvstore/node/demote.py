@@ -5,7 +5,7 @@ the arena until it is written, which is how a slow disk holds writers back; what
 """
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final, cast
@@ -35,11 +35,10 @@ class _Write:
 
 
 class Demoter:
-    """Writes blocks of an arena into the tiers below it; `ended` is told of every call."""
+    """Writes blocks of an arena into the tiers below it."""
 
-    def __init__(self, arena: Arena, lowers: Sequence[Lower], *, ended: Callable[[Lower], None]) -> None:
+    def __init__(self, arena: Arena, lowers: Sequence[Lower]) -> None:
         self._arena = arena
-        self._ended_call = ended
         self._lowers = tuple(lowers)
         media = dict.fromkeys(lower.tier.medium for lower in lowers)
         self._groups = [[low for low in lowers if low.tier.medium is medium] for medium in media]
@@ -127,6 +126,13 @@ class Demoter:
             await asyncio.sleep(0)
         self.pump()
 
+    async def offer(self) -> None:
+        """Enter what is in the arena and below nowhere: a tier below has lost what it had."""
+        blocks = [block for shelf in self._arena.directory.shelves() for block in shelf.sealed.values()]
+        for start in range(0, len(blocks), _TURN):
+            self.sealed([b for b in blocks[start : start + _TURN] if b.state is State.SEALED])
+            await asyncio.sleep(0)
+
     def pump(self) -> None:
         """Begin as many calls as there may be."""
         for lower in self._lowers:
@@ -169,14 +175,15 @@ class Demoter:
         """Where of these the block is to go; None if it is there, on its way, or nowhere welcome."""
         best: Lower | None = None
         for lower in group:
-            shelf = lower.directory.known(block.shelf.namespace)
-            if block in lower.unwritten:
-                return None
-            if shelf is not None and (block.key in shelf.sealed or block.key in shelf.pending):
+            if block in lower.unwritten or self._is_there(lower, block):
                 return None
             if block.length <= lower.tier.capacity_bytes and (best is None or lower.load < best.load):
                 best = lower
         return best
+
+    def _is_there(self, lower: Lower, block: Block) -> bool:
+        shelf = lower.directory.known(block.shelf.namespace)
+        return shelf is not None and (block.key in shelf.sealed or block.key in shelf.pending)
 
     def _enter(self, lower: Lower, block: Block) -> None:
         owed = not lower.breaker.open
@@ -216,18 +223,18 @@ class Demoter:
                 continue
             if size and size + block.length > _CALL_BYTES:
                 break
-            write = self._begin(lower, block)
+            there = self._is_there(lower, block)  # found there when the tier was recovered
+            write = None if there else self._begin(lower, block)
             if write is None:
                 self._leave(lower, block)
-                lower.counters.dropped_blocks += 1
+                lower.counters.dropped_blocks += not there
                 self._arena.directory.policy.freed([block])
                 continue
             writes.append(write)
             size += block.length
             if size >= _CALL_BYTES:
                 break
-        for below in lower.settle():
-            self._lost_below(lower, below)
+        lower.settle()
         return writes
 
     def _coldest(self, lower: Lower) -> Iterator[Block]:
@@ -287,15 +294,6 @@ class Demoter:
         write = self._writes[below] = _Write(block, owed, generation, block.parent, below, transfer)
         return write
 
-    def _lost_below(self, lower: Lower, below: Block) -> None:
-        """A tier made room by dropping a block that the arena still has: it must get it again in time."""
-        if not lower.rules.on_eviction:
-            return  # or blocks that do not fit together would be written behind for ever
-        shelf = self._arena.directory.known(below.shelf.namespace)
-        block = None if shelf is None else shelf.sealed.get(below.key)
-        if block is not None and block not in lower.unwritten:
-            self._enter(lower, block)
-
     # How it ends.
 
     async def _run(self, lower: Lower, writes: list[_Write]) -> None:
@@ -315,7 +313,7 @@ class Demoter:
             self._arena.demoted(gone)
             self.left(gone, evicted=True)
         self._arena.waiting.wake(ROOM)
-        self._ended_call(lower)
+        lower.call_ended()
 
     def _ended_below(self, lower: Lower, write: _Write, *, well: bool) -> bool:
         """Whether the block can be read below now."""

@@ -103,7 +103,7 @@ class TierDirectory:
             del block.shelf.pending[block.key]
             block.shelf.sealed[block.key] = block
             block.state = State.SEALED
-            block.generation = self._next_generation()
+            block.place = block.generation = self._next_generation()
             self._pending -= 1
             self._sealed += 1
             self._sealed_bytes += block.length

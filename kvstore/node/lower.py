@@ -78,17 +78,21 @@ class Lower:
         self.calls = 0  # under way or about to be, late ones included; kept by those who make them
         self.evicted_stamp = 0  # of the block that left last
         self._listeners = tuple(listeners)
-        self._recovered = False
+        self.recovered = False
         self._starting: asyncio.Future[None] | None = None
         # What was removed while the tier could not be told: (namespace id, key).
         self._graves: set[tuple[bytes, bytes]] = set()
         self._reason = ""
         self._silent_until = 0.0
         self._on_breaker: Callable[[Lower], None] = lambda _: None
+        self._on_end: Callable[[Lower], None] = lambda _: None
 
-    def on_breaker(self, call: Callable[["Lower"], None]) -> None:
-        """Call this whenever the breaker has opened or closed."""
-        self._on_breaker = call
+    def watch_calls(
+        self, *, on_breaker: Callable[["Lower"], None], on_end: Callable[["Lower"], None]
+    ) -> None:
+        """Be told whenever the breaker has opened or closed, and whenever a call has ended."""
+        self._on_breaker = on_breaker
+        self._on_end = on_end
 
     @property
     def name(self) -> str:
@@ -100,6 +104,10 @@ class Lower:
         """How busy and how full the tier is, to be compared with others'."""
         capacity = self.tier.capacity_bytes
         return self.unwritten_bytes / capacity, 1 - self.tier.free_bytes / capacity
+
+    def call_ended(self) -> None:
+        """A thread is idle again."""
+        self._on_end(self)
 
     # No more calls at once than the tier has threads: what waits for one would count as late. Where both
     # wait, writers have one of them and readers the rest.
@@ -188,6 +196,7 @@ class Lower:
             ConfigError: the tier cannot be what it should be.
             TierError: not now.
         """
+        self.recovered = False
         await self._forget_all()
         found = await self.tier.recover()
         for index, transfer in enumerate(found):
@@ -207,7 +216,7 @@ class Lower:
             for listener in self._listeners:
                 listener.sealed(self.name, [block], None)
         self.counters.recovered_blocks += len(found)
-        self._recovered = True
+        self.recovered = True
         if found:
             logger.info("tier %s: %d blocks recovered", self.name, len(found))
 
@@ -217,8 +226,8 @@ class Lower:
         """A slot, made room for if need be; `settle` when done taking."""
         return self.room.take(length)
 
-    def settle(self) -> list[Block]:
-        """Announce and forget what left since `room.begin`; these blocks."""
+    def settle(self) -> None:
+        """Announce and forget what left since `room.begin`."""
         evicted = self.room.evicted
         if evicted:
             self.tier.forget([block.record for block in evicted])
@@ -226,7 +235,6 @@ class Lower:
             self.evicted_stamp = evicted[-1].stamp
             self.counters.evicted_blocks += len(evicted)
             self.counters.evicted_bytes += sum([block.length for block in evicted])
-        return evicted
 
     def drop(self, blocks: Iterable[Block]) -> None:
         """Take readable blocks out, for good once the tier has flushed. Pinned ones keep their slots."""
@@ -265,9 +273,12 @@ class Lower:
         for listener in self._listeners:
             listener.removed(self.name, blocks)
 
-    async def bury(self, names: Iterable[tuple[bytes, bytes]]) -> bool:
-        """See to it that what was dropped never comes back, with a restart either. False if not yet."""
+    def mark(self, names: Iterable[tuple[bytes, bytes]]) -> None:
+        """These blocks (namespace id, key) were removed: should they be found here, they are not to be."""
         self._graves.update(names)
+
+    async def bury(self, names: Iterable[tuple[bytes, bytes]]) -> bool:
+        """See to it that marked blocks never come back, with a restart either. False if not yet."""
         if self.breaker.open:
             return False
         flushed = asyncio.ensure_future(self._flush())
@@ -291,15 +302,15 @@ class Lower:
 
     async def _looked_after(self) -> bool:
         try:
-            if self._recovered:
+            if self.recovered:
                 async with asyncio.timeout(self.rules.timeout_s):
                     same = await self.tier.same()
                     if same and self.breaker.open:
                         await self._probe()
                 if not same:
-                    self._recovered = False
+                    self.recovered = False
                     self._trip("its files are gone or not the same")
-            if not self._recovered:
+            if not self.recovered:
                 if self.calls:
                     return False
                 await self.recover()
@@ -327,9 +338,10 @@ class Lower:
         blocks = [block for shelf in self.directory.shelves() for block in shelf.sealed.values()]
         for start in range(0, len(blocks), _TURN):
             turn = list(islice(blocks, start, start + _TURN))
-            for block in turn:
+            gone = [block for block in turn if block.state is State.SEALED]
+            for block in gone:
                 self.directory.remove(block)
-            self.announce_removed(turn)
+            self.announce_removed(gone)
             await asyncio.sleep(0)
 
     def _free(self, slot: Slot, block: Block) -> None:

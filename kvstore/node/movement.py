@@ -22,14 +22,12 @@ class Movements:
     def __init__(self, arena: Arena, lowers: Sequence[Lower]) -> None:
         self._arena = arena
         self.lowers = tuple(lowers)
-        self.demoter = Demoter(arena, lowers, ended=self._call_ended)
-        self.promoter = Promoter(
-            arena, lowers, promoted=self._promoted, wanted=self.demoter.want, ended=self._call_ended
-        )
+        self.demoter = Demoter(arena, lowers)
+        self.promoter = Promoter(arena, lowers, promoted=self._promoted, wanted=self.demoter.want)
         self._tasks: set[asyncio.Task[None]] = set()
         arena.on_evicted(lambda blocks: self.demoter.left(blocks, evicted=True))
         for lower in lowers:
-            lower.on_breaker(self._breaker_changed)
+            lower.watch_calls(on_breaker=self._breaker_changed, on_end=self._call_ended)
 
     async def start(self) -> None:
         """Recover what the tiers hold, and look after them from now on.
@@ -82,6 +80,8 @@ class Movements:
     def remove(self, shelves: Shelves, keys: Iterable[bytes]) -> set[bytes]:
         """Hide these blocks in the tiers below, and what is on its way up or down. Which were there."""
         names = list(keys)
+        for lower in self.lowers:
+            lower.mark((shelves[0].namespace.id, key) for key in names)
         found: set[bytes] = set()
         for key in names:
             loading = shelves[0].pending.get(key)
@@ -134,6 +134,8 @@ class Movements:
         if lower.breaker.open:
             self.promoter.give_up_queued(lower)
         self._spawn(self.demoter.breaker_changed(lower))
+        if not lower.breaker.open:
+            self._spawn(self.demoter.offer())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -63,6 +63,8 @@ async def acquire(
         if lease.id in holder.reads:
             readers.release(holder, lease.id)
         raise
+    if len(lease.blocks) < len(keys) and _beyond_limit(store, holder, shelves, keys[len(lease.blocks)]):
+        readers.limit(lease)
     readers.count_hits(lease, keys)
     return lease
 
@@ -70,15 +72,28 @@ async def acquire(
 async def acquire_each(
     store: Store, holder: Holder, items: Sequence[tuple[Shelves, bytes]], wait_s: float
 ) -> tuple[ReadLease, bytes]:
-    """Like `Readers.acquire_each`, but wait up to `wait_s` for what is below, or being written now."""
+    """Like `Readers.acquire_each`, but wait up to `wait_s` for what is below, or being written now.
+
+    What is ready is pinned at once. Cancelling releases it.
+    """
     deadline = time.monotonic() + wait_s
-    while (remaining := deadline - time.monotonic()) > 0:
-        missing = [(shelves, key) for shelves, key in items if key not in shelves[0].sealed]
-        subject = _under_way(store, holder, missing)
-        if subject is None:
-            break
-        await store.waiting.wait(subject, remaining)
-    return store.readers.acquire_each(holder, items)
+    readers = store.readers
+    lease, found = readers.acquire_nothing([]), bytearray(len(items))
+    readers.extend_each(holder, lease, items, found)
+    readers.looked(len(lease.blocks), len(items))
+    try:
+        while not lease.limited and (remaining := deadline - time.monotonic()) > 0:
+            missing = [item for item, here in zip(items, found, strict=True) if not here]
+            subject = _under_way(store, holder, missing)
+            if subject is None:
+                break
+            await store.waiting.wait(subject, remaining)
+            readers.extend_each(holder, lease, items, found)
+    except asyncio.CancelledError:
+        if lease.id in holder.reads:
+            readers.release(holder, lease.id)
+        raise
+    return readers.finish_each(lease, items, found)
 
 
 def _prefix_under_way(
@@ -86,6 +101,8 @@ def _prefix_under_way(
 ) -> Block | str | None:
     """Begin to load what can be had of these leading keys; what to wait for until the first may be here."""
     arena = shelves[0]
+    if _beyond_limit(store, holder, shelves, keys[0]):
+        return None
     items = []
     for key in keys:
         if key not in arena.sealed and key not in arena.pending and not store.movements.below(shelves, key):
@@ -100,5 +117,13 @@ def _under_way(store: Store, holder: Holder, items: Sequence[tuple[Shelves, byte
     for shelves, key in items:
         if (pending := shelves[0].pending.get(key)) is not None:
             return pending
-    below = store.movements.below
-    return ROOM if any(key not in s[0].sealed and below(s, key) for s, key in items) else None
+    for shelves, key in items:
+        if key not in shelves[0].sealed and store.movements.below(shelves, key):
+            return None if _beyond_limit(store, holder, shelves, key) else ROOM
+    return None
+
+
+def _beyond_limit(store: Store, holder: Holder, shelves: Shelves, key: bytes) -> bool:
+    """Whether the block is below, and longer than what this client may still pin."""
+    found = store.movements.promoter.source(shelves, key)
+    return found is not None and found[1].length > holder.pinned_bytes_max - holder.pinned_bytes

@@ -34,7 +34,7 @@ class _Load:
 class Promoter:
     """Loads into an arena from the tiers below it, fastest first.
 
-    `promoted` is told of what has arrived, `wanted` of how many bytes found no room, `ended` of every call.
+    `promoted` is told of what has arrived, `wanted` of how many bytes found no room.
     """
 
     def __init__(
@@ -44,13 +44,11 @@ class Promoter:
         *,
         promoted: Callable[[Lower, Sequence[Block]], None],
         wanted: Callable[[int], None],
-        ended: Callable[[Lower], None],
     ) -> None:
         self._arena = arena
         self._lowers = tuple(lowers)
         self._promoted = promoted
         self._wanted = wanted
-        self._ended_call = ended
         self._queues: dict[Lower, deque[list[_Load]]] = {lower: deque() for lower in lowers}
         self._loading_bytes = 0
         self._loading_bytes_max = int(arena.tier.capacity_bytes * _LOADING_FRACTION)
@@ -76,6 +74,7 @@ class Promoter:
         arena.room.begin()
         calls: dict[Lower, list[_Load]] = {}
         for lower, source, shelf in sources:
+            lower.directory.requested([source])
             if not self._may_load(source.length):
                 break
             load = self._begin(lower, source, shelf)
@@ -162,7 +161,6 @@ class Promoter:
         return _Load(block, block.generation, source, transfer)
 
     def _enqueue(self, lower: Lower, loads: list[_Load]) -> None:
-        lower.directory.requested([load.source for load in loads])
         share = max(1, sum([load.source.length for load in loads]) // lower.rules.jobs)
         call: list[_Load] = []
         call_bytes = 0
@@ -185,7 +183,7 @@ class Promoter:
         well = await lower.attempt(operation, lower.reads, late)
         lower.reading -= 1
         self._end(lower, loads, well=well)
-        self._ended_call(lower)
+        lower.call_ended()
 
     def _end(self, lower: Lower, loads: list[_Load], *, well: bool) -> None:
         """What was read can be read by all, or those who wait for it are told that it is not there."""

@@ -60,8 +60,7 @@ class Readers:
         added_bytes = sum([block.length for block in blocks])
         while added_bytes > room_bytes:
             added_bytes -= blocks.pop().length
-            lease.limited = True
-        self._counters.limited_requests += lease.limited
+            self.limit(lease)
         lease.blocks += blocks
         lease.block_bytes += added_bytes
         self._pin(holder, lease, blocks, added_bytes)
@@ -79,24 +78,48 @@ class Readers:
 
     def acquire_each(self, holder: Holder, items: Sequence[tuple[Shelves, bytes]]) -> tuple[ReadLease, bytes]:
         """Pin every item that is here; holes are allowed. The lease, and one byte an item: here or not."""
-        lease = ReadLease(next(self._lease_ids), [], 0, limited=False)
-        found = bytearray(len(items))
+        lease, found = self.acquire_nothing([]), bytearray(len(items))
+        self.extend_each(holder, lease, items, found)
+        self.looked(len(lease.blocks), len(items))
+        return self.finish_each(lease, items, found)
+
+    def extend_each(
+        self, holder: Holder, lease: ReadLease, items: Sequence[tuple[Shelves, bytes]], found: bytearray
+    ) -> None:
+        """Pin what of the items is here and not in the lease, and mark it in `found`."""
+        room_bytes = holder.pinned_bytes_max - holder.pinned_bytes
+        blocks: list[Block] = []
         for index, (shelves, key) in enumerate(items):
-            block = shelves[0].sealed.get(key)
+            block = None if found[index] else shelves[0].sealed.get(key)
             if block is None:
                 continue
-            if holder.pinned_bytes + lease.block_bytes + block.length > holder.pinned_bytes_max:
-                lease.limited = True
+            room_bytes -= block.length
+            if room_bytes < 0:
+                self.limit(lease)
                 break
             found[index] = 1
-            lease.blocks.append(block)
-            lease.block_bytes += block.length
-        self._pin(holder, lease, lease.blocks, lease.block_bytes)
-        self.looked(len(lease.blocks), len(items))
-        self._counters.hit_blocks += len(lease.blocks)
-        self._counters.missed_blocks += len(items) - len(lease.blocks)
-        self._movements.missed(len(items) - len(lease.blocks))
+            blocks.append(block)
+        added_bytes = sum([block.length for block in blocks])
+        lease.blocks += blocks
+        lease.block_bytes += added_bytes
+        self._pin(holder, lease, blocks, added_bytes)
+
+    def finish_each(
+        self, lease: ReadLease, items: Sequence[tuple[Shelves, bytes]], found: bytearray
+    ) -> tuple[ReadLease, bytes]:
+        """Put the lease's blocks into the order of the items, and count them."""
+        named = {(block.shelf, block.key): block for block in lease.blocks}
+        here = [item for item, is_here in zip(items, found, strict=True) if is_here]
+        lease.blocks[:] = [named[shelves[0], key] for shelves, key in here]
+        self._counters.hit_blocks += len(here)
+        self._counters.missed_blocks += len(items) - len(here)
+        self._movements.missed(len(items) - len(here))
         return lease, bytes(found)
+
+    def limit(self, lease: ReadLease) -> None:
+        """The holder's limit ends this lease's hit."""
+        self._counters.limited_requests += not lease.limited
+        lease.limited = True
 
     def release(self, holder: Holder, lease_id: int) -> None:
         """End a read lease.

@@ -9,7 +9,7 @@ It decides and changes the directory and the tier; it runs on the event loop, so
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final, cast
@@ -129,16 +129,17 @@ class Room:
     def _window(self, wanted: int) -> "_Window | None":
         """The window to evict: the one whose youngest block is oldest, where that can be found in time."""
         condemned = _Condemned()
-        for block in self._directory.policy.victims(condemned.may_leave):
-            self._steps_left -= 1
-            first, last, size = condemned.add(cast(Block, block))
-            if size >= wanted:
-                window = _Window(first)
-                window.extend(last)
-                window.blocks.sort(key=condemned.order.__getitem__)
-                window.trim(wanted)
-                condemned.add_descendants(window.blocks)
-                return window
+        for victim in self._directory.policy.victims(condemned.may_leave):
+            for block in condemned.with_ancestors(cast(Block, victim)):
+                self._steps_left -= 1
+                first, last, size = condemned.add(block)
+                if size >= wanted:
+                    window = _Window(first)
+                    window.extend(last)
+                    window.blocks.sort(key=condemned.order.__getitem__)
+                    window.trim(wanted)
+                    condemned.add_descendants(window.blocks)
+                    return window
             if self._steps_left <= 0:
                 break
         return self._nearest_window(wanted)
@@ -324,6 +325,15 @@ class _Condemned:
     def may_leave(self, block: Block) -> bool:
         """As `evictable`, were all that is condemned gone."""
         return idle(block) and block.owed == 0 and block.children == self._children.get(block, 0)
+
+    def with_ancestors(self, block: Block) -> Iterator[Block]:
+        """The block, and after it those that the policy gave up before it and only it has kept."""
+        next_one: Block | None = block
+        while next_one is not None and next_one not in self.order:
+            yield next_one  # and is condemned
+            parent = next_one.parent
+            passed_over = parent is not None and parent.stamp < next_one.stamp and self.may_leave(parent)
+            next_one = parent if passed_over else None
 
     def add_descendants(self, blocks: list[Block]) -> None:
         """Put in front of `blocks` those that continue them and lie elsewhere: they cannot stay alone."""

@@ -1,5 +1,6 @@
 """Reading what a storage tier has and comparing it with its checksums: into memory of its own, in turns."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Final
 
@@ -21,14 +22,19 @@ class Verification:
 
     def __init__(self, lower: Lower) -> None:
         self._lower = lower
+        self._reading: asyncio.Future[Verified] | None = None
         self._blocks = [block for shelf in lower.directory.shelves() for block in shelf.sealed.values()]
 
     async def page(self, after: int) -> Verified:
-        """Verify the next blocks; those that are damaged are dropped.
+        """Verify the next blocks; those that are damaged are dropped. Cancelling lets it end unheard.
 
         Raises:
             TierError: the tier fails now.
         """
+        self._reading = asyncio.ensure_future(self._page(after))
+        return await asyncio.shield(self._reading)
+
+    async def _page(self, after: int) -> Verified:
         lower = self._lower
         if lower.breaker.open:
             raise TierError(f"tier {lower.name} fails and is left alone until it is back; check it then")
@@ -42,6 +48,7 @@ class Verification:
         lower.reading -= 1
         lower.calls -= 1
         lower.unpin(blocks)
+        lower.call_ended()
         if not well:
             raise TierError(f"tier {lower.name} cannot be read now; the daemon's log says why")
         pairs = zip(blocks, transfers, strict=True)
