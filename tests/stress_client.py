@@ -173,7 +173,7 @@ class Subject:
 
     def _get(self) -> None:
         namespace, key = self._item()
-        data = self._store.get(namespace, key, timeout_s=self._random.choice([0.0, 0.02]))
+        data = self._store.get(namespace, key, timeout_s=self._random.choice([0.0, 0.02, 0.5]))
         if data is not None and data != content(namespace, key).tobytes():
             raise AssertionError(
                 f"get of {namespace} {key!r} gave {len(data)} wrong bytes: {data[:16].hex()}"
@@ -181,12 +181,12 @@ class Subject:
 
     def _acquire(self) -> None:
         namespace, keys = self._prefix()
-        read = self._store.acquire(namespace, keys, wait_s=self._random.choice([0.0, 0.0, 0.02]))
+        read = self._store.acquire(namespace, keys, wait_s=self._random.choice([0.0, 0.02, 0.3]))
         self._hold(read, [(namespace, key) for key in keys[: read.hit_length]], read.views)
 
     def _acquire_each(self) -> None:
         items = [self._item() for _ in range(self._random.randint(1, 12))]
-        read = self._store.acquire_each(items)
+        read = self._store.acquire_each(items, wait_s=self._random.choice([0.0, 0.0, 0.2]))
         found = [(item, view) for item, view in zip(items, read.views, strict=True) if view is not None]
         self._hold(read, [item for item, _ in found], [view for _, view in found])
 

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from kvstore.errors import ConfigError, TierError
 from kvstore.node.arena import Listener
@@ -24,6 +24,8 @@ from kvstore.statistics import Latencies, TierCounters
 from tiers.base import Slot, StorageTier
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Blocks entered into the directory before others have their turn: about 1 ms.
 _TURN: Final = 256
@@ -303,10 +305,9 @@ class Lower:
     async def _looked_after(self) -> bool:
         try:
             if self.recovered:
-                async with asyncio.timeout(self.rules.timeout_s):
-                    same = await self.tier.same()
-                    if same and self.breaker.open:
-                        await self._probe()
+                same = await self._in_time(self.tier.same())
+                if same and self.breaker.open:
+                    await self._in_time(self._probe())
                 if not same:
                     self.recovered = False
                     self._trip("its files are gone or not the same")
@@ -316,7 +317,7 @@ class Lower:
                 await self.recover()
             if self._graves:
                 buried = set(self._graves)
-                await self.tier.flush()
+                await self._in_time(self.tier.flush())
                 self._graves -= buried
         except TimeoutError:
             self._trip(f"no answer within {self.rules.timeout_s} s")
@@ -331,7 +332,30 @@ class Lower:
         await self.tier.probe()
         stored = next((block for shelf in self.directory.shelves() for block in shelf.sealed.values()), None)
         if stored is not None:
-            await read_aside(self.tier, [as_transfer(stored)])
+            self.directory.pin([stored])
+            try:
+                await read_aside(self.tier, [as_transfer(stored)])
+            finally:
+                self.unpin([stored])
+
+    async def _in_time(self, operation: Coroutine[Any, Any, T]) -> T:
+        """Await a call of the tier for as long as it may take.
+
+        Raises:
+            TimeoutError: it takes longer, and goes on by itself.
+        """
+        self.calls += 1
+        task = asyncio.ensure_future(operation)
+        task.add_done_callback(self._over)
+        done, _ = await asyncio.wait({task}, timeout=self.rules.timeout_s)
+        if not done:
+            raise TimeoutError
+        return task.result()
+
+    def _over(self, task: "asyncio.Future[Any]") -> None:
+        self.calls -= 1
+        if not task.cancelled():
+            task.exception()  # whoever waited has it; if nobody did, the breaker is open already
 
     async def _forget_all(self) -> None:
         """Take every block out of the directory: the files that they were in are not there any more."""
