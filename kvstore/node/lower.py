@@ -32,7 +32,7 @@ _TURN: Final = 256
 # One line of the log at most in this time for damaged blocks.
 _SILENCE_S: Final = 60.0
 # A daemon that starts waits so long for what its disks hold, and then goes on without them.
-_START_S: Final = 10.0
+_START_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)

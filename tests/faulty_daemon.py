@@ -1,0 +1,64 @@
+"""`kvstore`, whose NVMe tier sleeps, hangs or fails as a file says, and whose wall clock may be set back.
+
+The tier is the real one and does real I/O; a fault strikes in its threads, where a bad disk would. The file
+that KVSTORE_FAULTS names has a line for each fault: the beginning of an action ("reading", "writing",
+"forgetting", "looking", "opening", or "" for all), and "hang", "error" or seconds to sleep.
+KVSTORE_CLOCK_SHIFT_S is added to the wall clock; the monotonic one goes on as it is.
+"""
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import kvstore.serve
+from kvstore.__main__ import main
+from tiers.nvme import NvmeTier
+
+T = TypeVar("T")
+
+
+def strike(action: str) -> None:
+    """Suffer what the file says now. A hang ends when the file no longer says so."""
+    while (fault := _fault(action)) is not None:
+        if fault == "error":
+            raise OSError(errno.EIO, "the test says so")
+        if fault != "hang":
+            time.sleep(float(fault))
+            return
+        time.sleep(0.01)
+
+
+def _fault(action: str) -> str | None:
+    try:
+        lines = Path(os.environ["KVSTORE_FAULTS"]).read_text().splitlines()
+    except FileNotFoundError:
+        return None
+    found = [fault for verb, _, fault in (line.partition(" ") for line in lines) if action.startswith(verb)]
+    return found[0] if found else None
+
+
+class FaultyTier(NvmeTier):
+    """The NVMe tier on a bad disk."""
+
+    def _run(self, action: str, work: Callable[[], T]) -> T:
+        def suffering() -> T:
+            strike(action)
+            return work()
+
+        return super()._run(action, suffering)
+
+
+def _shift_clock(seconds: float) -> None:
+    now, now_ns = time.time, time.time_ns
+    time.time = lambda: now() + seconds
+    time.time_ns = lambda: now_ns() + int(seconds * 1e9)
+
+
+if __name__ == "__main__":
+    if "KVSTORE_FAULTS" in os.environ:
+        kvstore.serve.NvmeTier = FaultyTier  # type: ignore[misc]
+    _shift_clock(float(os.environ.get("KVSTORE_CLOCK_SHIFT_S", "0")))
+    main()
