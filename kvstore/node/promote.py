@@ -74,6 +74,8 @@ class Promoter:
         arena.room.begin()
         calls: dict[Lower, list[_Load]] = {}
         for lower, source, shelf in sources:
+            if source.key in shelf.pending:  # asked for twice
+                continue
             lower.directory.requested([source])
             if not self._may_load(source.length):
                 break
