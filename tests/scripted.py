@@ -235,6 +235,8 @@ class Call:
 
     def _end(self, error: TierError | None) -> None:
         self.tier.calls.remove(self)
+        if self.kind == "write":
+            self.tier._dropped.update(t.record for t in self.transfers if t.dropped)
         if self.answered.done():
             return
         if error is None:
@@ -268,6 +270,7 @@ class ScriptedTier:
         self.wrong: list[str] = []
         self._identity: object | None = None
         self._ever_forgotten: set[int] = set()
+        self._dropped: set[int] = set()  # were never put: their numbers are to be given back all the same
         self._allocator = Allocator(self.capacity_bytes)
         self._closed = False
 
@@ -352,7 +355,8 @@ class ScriptedTier:
         return TierStatistics(self.name, self.medium.value, self.capacity_bytes, ready, ready - free, largest)
 
     def check(self) -> list[str]:
-        return [f"{self.name}: {line}" for line in (*self._allocator.check(), *self.wrong)]
+        kept = [f"record {number} was never given back" for number in self._dropped - self._ever_forgotten]
+        return [f"{self.name}: {line}" for line in (*self._allocator.check(), *self.wrong, *kept)]
 
     @property
     def current(self) -> bool:
@@ -386,6 +390,7 @@ class ScriptedTier:
         else:  # the numbers are another disk's now
             self.forgotten.clear()
             self._ever_forgotten.clear()
+            self._dropped.clear()
         self._identity = self.disk.identity
         latest: dict[tuple[bytes, bytes], int] = {}
         for number, stored in sorted(self.disk.records.items(), key=lambda item: item[1].sequence):

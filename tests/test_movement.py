@@ -148,6 +148,54 @@ async def test_a_block_removed_while_it_is_written_behind_does_not_come_back() -
 
 
 @in_virtual_time
+async def test_a_block_removed_before_its_write_has_begun_leaves_nothing_behind() -> None:
+    async with Stage([Disk(8 * MIB)]) as stage:
+        stage.put(b"a", b"b")
+        assert await stage.remove(b"a") == 1
+        await quiet()
+        assert stage.disks[0].keys() == [b"b"]
+        assert stage.tier.free_bytes == 8 * MIB - LENGTH
+
+
+@in_virtual_time
+async def test_a_removed_block_stays_until_both_its_reader_and_its_write_have_ended() -> None:
+    for reader_first in (True, False):
+        async with Stage([Disk(8 * MIB)]) as stage:
+            stage.tier.holding = {"write"}
+            stage.put(b"a")
+            lease = stage.acquire(b"a")
+            await quiet()
+            await stage.remove(b"a")
+            ends = [lambda: stage.release(lease), lambda: stage.tier.release()]  # noqa: B023
+            for end in ends if reader_first else ends[::-1]:
+                assert stage.memory.free_bytes == 2 * MIB - LENGTH
+                assert stage.bytes_of(lease) == [content(b"a", LENGTH)]
+                end()
+                await quiet()
+                assert stage.check() == []
+            assert stage.memory.free_bytes == 2 * MIB
+
+
+@in_virtual_time
+async def test_a_block_that_is_being_written_is_not_moved_to_join_free_memory() -> None:
+    async with Stage([Disk(8 * MIB)], Rules(jobs=1)) as stage:
+        for name in NAMES[:8]:
+            stage.put(name, length=QUARTER // 2)
+            await quiet()
+        await stage.remove(NAMES[2])
+        stage.tier.holding = {"write"}
+        stage.put(NAMES[2], length=QUARTER // 2, version=2)
+        await quiet()
+        assert (stage.block(NAMES[2]).copies, stage.block(NAMES[2]).slot.offset) == (1, QUARTER)
+        leases = [stage.acquire(NAMES[number]) for number in (0, 4, 5, 7)]
+        await stage.remove(NAMES[1], NAMES[3], NAMES[6])
+        assert stage.reserve([b"large"], QUARTER).status == b"r"
+        assert stage.block(NAMES[2]).slot.offset == QUARTER
+        for lease in leases:
+            stage.release(lease)
+
+
+@in_virtual_time
 async def test_a_key_is_written_anew_while_its_removed_block_is_still_being_written() -> None:
     stage = Stage([Disk(8 * MIB)])
     async with stage:
@@ -535,6 +583,18 @@ async def test_blocks_that_an_acquire_needs_are_not_evicted_to_load_its_others()
             stage.store, stage.holder, [(stage.shelves, key) for key in (NAMES[0], b"head", b"tail")], 5.0
         )
         assert found == b"\1\1\1"
+        stage.release(lease)
+
+
+@in_virtual_time
+async def test_blocks_behind_a_hole_are_not_evicted_for_what_fills_it() -> None:
+    async with Stage([await stored(b"a", length=QUARTER)]) as stage:
+        for name in (b"b", *NAMES[:3]):
+            stage.put(name, length=QUARTER)
+            await quiet()
+        lease = await stage.acquiring(b"a", b"b")
+        assert stage.bytes_of(lease) == [content(b"a", QUARTER), content(b"b", QUARTER)]
+        assert stage.lower.counters.read_blocks == 1
         stage.release(lease)
 
 
