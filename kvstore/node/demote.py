@@ -240,16 +240,17 @@ class Demoter:
     def _coldest(self, lower: Lower) -> Iterator[Block]:
         """What may be demoted now, while the arena is too full."""
         spare_bytes = 0
-        for entry in list(islice(self._arena.directory.policy.coldest(), _LOOKS_MAX)):
+        coldest = cast(Iterator[Block], self._arena.directory.policy.coldest())
+        for block in list(islice(filter(idle, coldest), _LOOKS_MAX)):
             if not self._too_full(lower, spare_bytes):
                 return
-            block = cast(Block, entry)
-            children = block.children - self._leaving_children.get(block, 0)
-            if children == 0 and idle(block):
-                if block in lower.unwritten:
-                    yield block
-                elif block.owed == 0:
-                    spare_bytes += block.slot.length  # as good as free: it may leave at once
+            if block.children > self._leaving_children.get(block, 0):
+                continue
+            owed_here = lower.unwritten.get(block)
+            if owed_here is not None and block.owed == owed_here:  # and to no other tier
+                yield block
+            elif block.owed == 0:
+                spare_bytes += block.slot.length  # as good as free: it may leave at once
 
     def _too_full(self, lower: Lower, spare_bytes: int) -> bool:
         capacity = self._arena.tier.capacity_bytes

@@ -138,15 +138,19 @@ class Lower:
         `late` is called once if it takes longer than it may: whoever waits should wait no more, but memory
         and slots are the tier's until this returns.
         """
-        task = asyncio.ensure_future(operation)
+        in_time = True
+
+        def on_late() -> None:
+            nonlocal in_time
+            in_time = False
+            self.counters.late_calls += 1
+            self._trip(f"no answer within {self.rules.timeout_s} s")
+            late()
+
+        timer = asyncio.get_running_loop().call_later(self.rules.timeout_s, on_late)
         started = time.monotonic()
         try:
-            done, _ = await asyncio.wait({task}, timeout=self.rules.timeout_s)
-            if not done:
-                self.counters.late_calls += 1
-                self._trip(f"no answer within {self.rules.timeout_s} s")
-                late()
-            await task
+            await operation
         except TierError as error:
             self._failed(str(error))
             return False
@@ -155,10 +159,12 @@ class Lower:
             self._failed("a mistake; the log says which")
             return False
         else:
-            if done:
+            if in_time:
                 self.breaker.succeeded()
             latencies.observe(time.monotonic() - started)
             return True
+        finally:
+            timer.cancel()
 
     async def start(self) -> None:
         """Recover what is there. A tier that cannot be opened now is looked after by `watch`.

@@ -317,7 +317,11 @@ class Session:
             await lasting
             return protocol.Count(count)
 
-        self._answer_later(request_id, wait())
+        try:
+            self._answer_later(request_id, wait())
+        except InvalidRequest:
+            lasting.close()
+            raise
         return None
 
     def _list(self, _: int, request: protocol.ListKeys) -> protocol.Answer:

@@ -6,8 +6,9 @@ in `kvstore.node.patience`. Whose connection it is, is the server's to know.
 
 import itertools
 import time
-from collections.abc import Awaitable, Collection, Iterable, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 from kvstore.node.ages import Ages
 from kvstore.node.arena import ROOM, Arena
@@ -41,7 +42,7 @@ class Store:
         self.readers = Readers(self.directory, arena, self.movements, self.counters, lease_ids)
         self._ages = {directory: Ages() for directory in self.directory.tiers}
 
-    def remove(self, shelves: Shelves, keys: Iterable[bytes]) -> tuple[int, Awaitable[None] | None]:
+    def remove(self, shelves: Shelves, keys: Iterable[bytes]) -> tuple[int, Coroutine[Any, Any, None] | None]:
         """Hide these blocks now, in every tier; slots of pinned ones are freed at the last release.
 
         How many were here, and what to await until no restart brings them back, if there is such a tier.

@@ -32,6 +32,7 @@ class Verification:
             TierError: the tier fails now.
         """
         self._reading = asyncio.ensure_future(self._page(after))
+        self._reading.add_done_callback(lambda reading: reading.cancelled() or reading.exception())
         return await asyncio.shield(self._reading)
 
     async def _page(self, after: int) -> Verified:
