@@ -150,7 +150,11 @@ def test_the_nvme_tier_is_measured_where_it_is_told_to_be(tmp_path: Path) -> Non
     cases = {row["case"]: row for row in contents["rows"]}
     assert {"store 2MiB, 1 under way", "load 2MiB, 4 under way", "recover 64KiB"} <= set(cases)
     assert all(set(found) == FIELDS and found["ours"] > 0 for found in cases.values())
-    assert set(cases["load 2MiB, 2 under way"]["peers"]) == {"file per block", "no checksum"}
+    assert set(cases["load 2MiB, 2 under way"]["peers"]) == {
+        "file per block",
+        "no checksum",
+        "raw file + xxh3",
+    }
     assert "O_DIRECT" in contents["captions"]["nvme"]
     assert contents["targets"]["nvme"]
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]

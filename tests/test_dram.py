@@ -12,10 +12,10 @@ import pytest
 from kvstore.block import Namespace
 from kvstore.errors import ConfigError
 from kvstore.memory import HUGE_PAGE_BYTES, Mapping, backed_bytes
-from kvstore.node.store import SlotTier
 from tests.node import Node
 from tests.test_client import MIB, fill, keys, pattern
 from tiers import dram
+from tiers.base import SlotTier
 from tiers.dram import DramTier
 
 RESERVED = Path("/proc/sys/vm/nr_hugepages")
