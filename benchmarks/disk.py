@@ -1,5 +1,5 @@
 """What no NVMe tier can pass, and what is there without one: blocks moved between memory and a file system
-by as many threads, past the page cache where that goes. Neither has checksums, nor survives anything.
+by as many threads, past the page cache where that goes. None of it survives anything.
 """
 
 import os
@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Final, Protocol, Self
 
 import numpy as np
+import xxhash
 
 from benchmarks.peers.base import Bytes
 
 RAW: Final = "raw file"
+HASHED: Final = "raw file + xxh3"
 FILE_PER_BLOCK: Final = "file per block"
 DIRECTORY_VARIABLE: Final = "KVSTORE_BENCH_DIR"
 BATCH_BYTES_MAX: Final = 8 << 20
@@ -78,8 +80,9 @@ class RawFile:
     """One file that is there in full, and one system call a block: the limit."""
 
     def __init__(self, directory: Path) -> None:
-        self._path = directory / "raw"
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | direct_flag(directory), 0o600)
+        self._file, self._path = tempfile.mkstemp(prefix="raw-", dir=directory)
+        os.close(self._file)
+        self._file = os.open(self._path, os.O_RDWR | direct_flag(directory))
         self._blocks: Blocks | None = None
         self._sources: list[memoryview] = []
         self._destinations: list[memoryview] = []
@@ -94,31 +97,38 @@ class RawFile:
         """It is overwritten in place."""
 
     def store(self, jobs: int) -> None:
-        self._move(jobs, os.pwritev, self._sources, shuffled=False)
+        assert self._blocks is not None
+        in_threads(jobs, self._blocks.batches(shuffled=False), self._store)
 
     def load(self, jobs: int) -> None:
-        self._move(jobs, os.preadv, self._destinations, shuffled=True)
+        assert self._blocks is not None
+        in_threads(jobs, self._blocks.batches(shuffled=True), self._load)
 
     def close(self) -> None:
         os.close(self._file)
-        self._path.unlink()
+        os.unlink(self._path)
 
-    def _move(
-        self,
-        jobs: int,
-        call: Callable[[int, list[memoryview], int], int],
-        views: Sequence[memoryview],
-        *,
-        shuffled: bool,
-    ) -> None:
-        assert self._blocks is not None
-        length = self._blocks.block_bytes
+    def _store(self, number: int) -> None:
+        view = self._sources[number]
+        if os.pwritev(self._file, [view], number * len(view)) != len(view):
+            raise OSError(f"{self._path}: part of a block written")
 
-        def move(number: int) -> None:
-            if call(self._file, [views[number]], number * length) != length:
-                raise OSError(f"{self._path}: part of a block moved")
+    def _load(self, number: int) -> None:
+        view = self._destinations[number]
+        if os.preadv(self._file, [view], number * len(view)) != len(view):
+            raise OSError(f"{self._path}: part of a block read")
 
-        in_threads(jobs, self._blocks.batches(shuffled=shuffled), move)
+
+class HashedFile(RawFile):
+    """The same with a checksum of every block, which it does not keep: what knowing the bytes costs."""
+
+    def _store(self, number: int) -> None:
+        xxhash.xxh3_64_intdigest(self._sources[number])
+        super()._store(number)
+
+    def _load(self, number: int) -> None:
+        super()._load(number)
+        xxhash.xxh3_64_intdigest(self._destinations[number])
 
 
 class FilePerBlock:

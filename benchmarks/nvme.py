@@ -20,10 +20,12 @@ import xxhash
 
 from benchmarks.disk import (
     FILE_PER_BLOCK,
+    HASHED,
     RAW,
     Blocks,
     Disk,
     FilePerBlock,
+    HashedFile,
     RawFile,
     chosen_directory,
     describe,
@@ -180,7 +182,11 @@ def _bandwidth_rows(directory: Path, settings: Settings) -> list[Row]:
     rows = []
     with ExitStack() as exits:
         tier = exits.enter_context(closing(OurTier(directory, size_bytes)))
-        peers: dict[str, Disk] = {RAW: RawFile(directory), FILE_PER_BLOCK: FilePerBlock(directory)}
+        peers: dict[str, Disk] = {
+            RAW: RawFile(directory),
+            HASHED: HashedFile(directory),
+            FILE_PER_BLOCK: FilePerBlock(directory),
+        }
         disks: dict[str, Disk] = {OURS: tier, **peers}
         for disk in peers.values():
             exits.enter_context(closing(disk))
@@ -262,8 +268,9 @@ def _caption(directory: Path, settings: Settings) -> str:
     return (
         f"Files in {describe(directory)}; {settings.pick(256, 32)} MiB of blocks, stored in order, loaded in"
         f" random order, on cores {sorted(settings.cores.all)} as the kernel places them. The limit is one"
-        " system call a block in one file that is there in full, with a thread for each job. File per block:"
-        " create, write and rename, or open and read, past the page cache where the limit is, 4,096 files at"
-        " most. No checksum: ours when stored with checksums that are known, or when loaded, less the time"
-        f" that xxh3 of as many bytes takes in as many threads. Recovery: {recovered:,} blocks."
+        " system call a block in one file that is there in full, with a thread for each job; + xxh3: and each"
+        " block's checksum, before or after. File per block: create, write and rename, or open and read, past"
+        " the page cache where the limit is, 4,096 files at most. No checksum: ours stored with checksums"
+        " that are known, or loaded, less the time that xxh3 of as many bytes takes in as many threads."
+        f" Recovery: {recovered:,} blocks."
     )
