@@ -185,6 +185,8 @@ async def _check_stopped(path: Path, progress: Progress) -> list[str]:
         async for done, total, damaged in verify_stopped(tier):
             progress.update(task, completed=done, total=total)
             wrong += [f"{path}: {name} is damaged; a daemon will drop it when it is read" for name in damaged]
+        if tier.found.damaged_records:
+            wrong.append(f"{path}: {tier.found.damaged_records} records were damaged, and are cleared now")
         return wrong + tier.check()
     finally:
         tier.close()

@@ -22,12 +22,14 @@ from kvstore.node.lower import Lower, Rules
 from kvstore.node.policy import POLICIES
 from kvstore.node.server import Limits, Server, clear_stale_socket
 from kvstore.node.store import Store
-from tiers.base import StorageTier
 from tiers.dram import DramTier
 from tiers.nvme import NvmeTier
+from tiers.table import Table
 from tiers.volume import Volume
 
 logger = logging.getLogger(__name__)
+
+_THREADS_END_WITHIN_S = 1.0
 
 
 class Daemon:
@@ -55,7 +57,6 @@ class Daemon:
                 config.limits.clients,
             ),
         )
-        self.hangs = False  # at the end: a thread is still in a call that does not return
         self._listening = False
         self._failed: BaseException | None = None
         self._stop = asyncio.Event()
@@ -98,7 +99,7 @@ class Daemon:
         finally:
             self._listening = False
             await self._server.close()
-            self.hangs = not await self._store.movements.stop()
+            await self._store.movements.stop()
             self._dram.close()
             http.should_exit = True
             await serving
@@ -132,15 +133,20 @@ class Daemon:
         return context
 
 
-def stored_tier(path: Path) -> StorageTier:
+def stored_tier(path: Path) -> NvmeTier:
     """The tier in a directory that no daemon uses, as large as it was.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or one whose files do not belong together.
     """
     head = Volume.head_of(path / "blocks") if path.is_dir() else None
     if head is None:
         raise ConfigError(f"{path} holds no tier; give the directory of one")
+    table = Table.head_of(path / "table")
+    if table is None or table.identity != head.identity or table.version != head.version:
+        raise ConfigError(
+            f"{path}: its table is damaged, or that of another tier; a daemon would begin anew there"
+        )
     return NvmeTier(path, head.capacity_bytes)
 
 
@@ -213,14 +219,21 @@ def serve(config: Config) -> None:
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
 
-    async def main() -> bool:
+    async def main() -> None:
         await clear_stale_socket(Path(config.socket))  # before anything that another daemon would notice
-        daemon = Daemon(config)
-        await daemon.run()
-        return daemon.hangs
+        await Daemon(config).run()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        if runner.run(main()):
-            logger.warning("a disk hangs: leaving without waiting for it")
-            logging.shutdown()
-            os._exit(0)  # the interpreter would wait for the thread
+        runner.run(main())
+    _leave_hanging_threads()
+
+
+def _leave_hanging_threads() -> None:
+    """End the process where a thread is in a call that does not return: the interpreter would wait for it."""
+    others = [t for t in threading.enumerate() if t is not threading.current_thread() and not t.daemon]
+    for thread in others:
+        thread.join(_THREADS_END_WITHIN_S)
+    if any(thread.is_alive() for thread in others):
+        logger.warning("a disk hangs: leaving without waiting for it")
+        logging.shutdown()
+        os._exit(0)

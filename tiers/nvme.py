@@ -214,6 +214,12 @@ class NvmeTier:
         self.found = Recovered(
             len(found.entries), found.damaged, found.newer, found.beyond_capacity, folder.set_aside_files
         )
+        lost = self.found.damaged_records, self.found.newer_records, self.found.beyond_capacity
+        if any(lost) and found.entries:  # where it begins anew, that was said
+            logger.warning(
+                "%s tier: of the records in %s %d were damaged, %d of a later release, %d beyond capacity",
+                self.name, self.folder, *lost,
+            )  # fmt: skip
         return self._claim(found.entries)
 
     def _claim(self, entries: Sequence[Entry]) -> list[Transfer]:

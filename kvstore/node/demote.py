@@ -240,6 +240,8 @@ class Demoter:
     def _coldest(self, lower: Lower) -> Iterator[Block]:
         """What may be demoted now, while the arena is too full."""
         spare_bytes = 0
+        if not self._too_full(lower, spare_bytes):
+            return
         coldest = cast(Iterator[Block], self._arena.directory.policy.coldest())
         for block in list(islice(filter(idle, coldest), _LOOKS_MAX)):
             if not self._too_full(lower, spare_bytes):

@@ -258,11 +258,8 @@ class Lower:
         """These blocks are not what was written: drop them, and say so now and then."""
         if blocks and time.monotonic() >= self._silent_until:
             self._silent_until = time.monotonic() + _SILENCE_S
-            logger.warning(
-                "tier %s: a block is damaged and dropped, %s; the count of others is in damaged_blocks",
-                self.name,
-                blocks[0],
-            )
+            text = "tier %s: a block is damaged and dropped, %s; the count of others is in damaged_blocks"
+            logger.warning(text, self.name, blocks[0])
         self.drop(blocks)
         self.counters.damaged_blocks += len(blocks)
 
@@ -330,6 +327,10 @@ class Lower:
             return False
         except (TierError, ConfigError) as error:
             self._trip(str(error))
+            return False
+        except Exception:  # whatever it was, somebody must go on looking after the tier
+            logger.exception("tier %s: looking after it failed by a mistake", self.name)
+            self._trip("a mistake; the log says which")
             return False
         return True
 

@@ -35,8 +35,8 @@ class Movements:
         Raises:
             ConfigError: a tier cannot be what it should be.
         """
+        await asyncio.gather(*[lower.start() for lower in self.lowers])
         for lower in self.lowers:
-            await lower.start()
             self._spawn(lower.watch())
 
     async def stop(self) -> bool:
