@@ -7,7 +7,7 @@ in the background; leases from before are invalid. A forked child must connect f
 
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -28,6 +28,14 @@ class KeyPage(NamedTuple):
     keys: Sequence[bytes]
     lengths: Sequence[int]
     cursor: int | None
+
+
+class NamespaceUse(NamedTuple):
+    """What a namespace has, summed over all tiers: a block in two of them counts in both."""
+
+    namespace: Namespace
+    blocks: int
+    block_bytes: int
 
 
 class StoreClient:
@@ -76,11 +84,13 @@ class StoreClient:
         parent: bytes | None = None,
         tokens: Sequence[int] | None = None,
         wait_s: float = 0.0,
+        chain: bool = True,
     ) -> WriteLease:
         """Reserve memory for blocks that continue `parent` in the order of `keys`, `nbytes` long each.
 
         With `wait_s=0` it never waits; otherwise up to `wait_s` for room. `tokens` are the blocks' token
-        ids, for those who follow the daemon's events.
+        ids, for those who follow the daemon's events. `chain=False` is for keys of several prompts, in no
+        order.
 
         Raises:
             InvalidRequest: keys or lengths are out of their limits, or a key is here with another length.
@@ -90,7 +100,9 @@ class StoreClient:
         token_bytes = packing.pack_tokens(tokens)
         packing.check_wait(wait_s)
         link = self._connected()
-        request = protocol.Reserve(link.handle(namespace), packed, lengths, parent, token_bytes, wait_s)
+        request = protocol.Reserve(
+            link.handle(namespace), packed, lengths, parent, token_bytes, wait_s, chain
+        )
         answer = self._call(link, request, wait_s).answer
         assert isinstance(answer, protocol.Granted)
         slots = answer.slots
@@ -147,21 +159,37 @@ class StoreClient:
 
     def hit_each(self, items: Sequence[tuple[Namespace, bytes]]) -> Sequence[bool]:
         """For every item, whether it is here."""
-        link = self._connected()
-        answer = self._call(link, protocol.HitEach(*_packed_items(link, items))).answer
-        assert isinstance(answer, protocol.Found)
-        return list(map(bool, answer.found))
+        return list(map(bool, self._found(items).found))
 
-    def list(self, namespace: Namespace, cursor: int | None = None) -> "KeyPage":
+    def length_each(self, items: Sequence[tuple[Namespace, bytes]]) -> Sequence[int]:
+        """For every item its block's length in bytes, 0 where it is not here."""
+        answer = self._found(items)
+        lengths = iter(packing.spread(answer.lengths, sum(answer.found)))
+        return [next(lengths) if found else 0 for found in answer.found]
+
+    def list(self, namespace: Namespace, cursor: int | None = None, *, limit: int = 0) -> "KeyPage":
         """A page of what the namespace has, in the order of sealing; begin with no cursor.
 
-        A block that is here all the while is listed at least once.
+        A block that is here all the while is listed at least once. `limit` makes pages smaller than the
+        daemon would.
         """
         link = self._connected()
-        answer = self._call(link, protocol.ListKeys(link.handle(namespace), cursor or 0)).answer
+        request = protocol.ListKeys(link.handle(namespace), cursor or 0, limit)
+        answer = self._call(link, request).answer
         assert isinstance(answer, protocol.Page)
         keys = packing.unpack_keys(answer.keys) if answer.lengths else []
         return KeyPage(keys, answer.lengths, answer.after or None)
+
+    def namespaces(self) -> Iterator[NamespaceUse]:
+        """The namespaces that have blocks here, asked for page by page."""
+        after = b""
+        while True:
+            answer = self._call(self._connected(), protocol.ListNamespaces(after)).answer
+            assert isinstance(answer, protocol.NamespacePage)
+            yield from map(NamespaceUse, answer.namespaces, answer.blocks, answer.block_bytes)
+            after = answer.after
+            if not after:
+                return
 
     def statistics(self) -> NodeStatistics:
         """The daemon's."""
@@ -233,6 +261,12 @@ class StoreClient:
         answer = self._call(link, protocol.Remove(link.handle(namespace), packed)).answer
         assert isinstance(answer, protocol.Count)
         return answer.count
+
+    def _found(self, items: Sequence[tuple[Namespace, bytes]]) -> protocol.Found:
+        link = self._connected()
+        answer = self._call(link, protocol.HitEach(*_packed_items(link, items))).answer
+        assert isinstance(answer, protocol.Found)
+        return answer
 
     def __enter__(self) -> Self:
         return self

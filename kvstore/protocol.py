@@ -20,7 +20,7 @@ from kvstore.statistics import NodeStatistics
 
 # Another major version is refused. A minor version adds messages or fields at the end.
 MAJOR: Final = 1
-MINOR: Final = 1
+MINOR: Final = 2
 
 HEADER: Final = struct.Struct("<IIQ")
 # Keys of one request; a prompt of 1M tokens is 4,096 blocks of 256. Reserving so many takes some 15 ms, for
@@ -96,6 +96,7 @@ class Reserve(Message, tag=5):
     parent: bytes | None = None
     tokens: bytes | None = None
     wait_s: float = 0.0
+    chain: bool = True
 
 
 class Commit(Message, tag=6):
@@ -143,8 +144,11 @@ class Remove(Message, tag=13):
 
 
 class ListKeys(Message, tag=14):
+    """A page of at most `limit` keys; 0 for as many as a page may have."""
+
     namespace: int
     after: int = 0
+    limit: int = 0
 
 
 class GetStatistics(Message, tag=15):
@@ -160,6 +164,12 @@ class Verify(Message, tag=17):
 
     tier: int
     after: int
+
+
+class ListNamespaces(Message, tag=18):
+    """A page of the namespaces that have blocks, in the order of their ids, behind the id `after`."""
+
+    after: bytes = b""
 
 
 # Answers.
@@ -226,7 +236,10 @@ class Hits(Message, tag=106):
 
 
 class Found(Message, tag=107):
+    """A byte for each item: here or not; and the lengths in bytes of those that are."""
+
     found: bytes
+    lengths: int | list[int] = []
 
 
 class Count(Message, tag=108):
@@ -263,6 +276,15 @@ class Verified(Message, tag=113):
     after: int
 
 
+class NamespacePage(Message, tag=114):
+    """Namespaces, with their blocks and bytes summed over all tiers; `after` is for the next page."""
+
+    namespaces: list[Namespace]
+    blocks: list[int]
+    block_bytes: list[int]
+    after: bytes
+
+
 Request = (
     Hello
     | Proof
@@ -281,6 +303,7 @@ Request = (
     | GetStatistics
     | Check
     | Verify
+    | ListNamespaces
 )
 Answer = (
     Failure
@@ -297,6 +320,7 @@ Answer = (
     | Report
     | Done
     | Verified
+    | NamespacePage
 )
 
 _encode = msgspec.msgpack.Encoder().encode

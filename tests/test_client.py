@@ -3,6 +3,7 @@
 import gc
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from kvstore.block import HitLength, Namespace
 from kvstore.client import StoreClient, copy
 from kvstore.errors import DeadlineExceeded, InvalidRequest, LeaseError, Unavailable
+from kvstore.protocol import LIST_PAGE_MAX
 from tests.node import Node, wait_for
 
 MIB = 1 << 20
@@ -210,6 +212,46 @@ def test_list_pages_through_a_namespace(store: StoreClient, namespace: Namespace
     assert store.list(Namespace(model="empty")).keys == []
 
 
+def test_a_page_is_no_longer_than_asked_for(store: StoreClient, namespace: Namespace) -> None:
+    names = keys(10)
+    fill(store, namespace, names, 64)
+    found, cursor = [], None
+    for _ in range(4):
+        page = store.list(namespace, cursor, limit=3)
+        found.append(list(page.keys))
+        cursor = page.cursor
+    assert cursor is None
+    assert found == [names[:3], names[3:6], names[6:9], names[9:]]
+
+
+def test_namespaces_are_listed_with_what_they_hold(store: StoreClient, namespace: Namespace) -> None:
+    assert list(store.namespaces()) == []
+    salted = replace(namespace, salt="a")
+    fill(store, namespace, keys(3), 100)
+    fill(store, salted, keys(2), 1000)
+    with store.acquire(replace(namespace, salt="only asked for"), keys(1)):
+        pass
+    found = {use.namespace: (use.blocks, use.block_bytes) for use in store.namespaces()}
+    assert found == {namespace: (3, 300), salted: (2, 2000)}
+    store.remove(salted, keys(2))
+    assert [use.namespace for use in store.namespaces()] == [namespace]
+
+
+def test_more_namespaces_than_a_page_holds_are_all_listed(store: StoreClient) -> None:
+    salts = [f"salt {number}" for number in range(LIST_PAGE_MAX + 10)]
+    for salt in salts:
+        fill(store, Namespace(model="m", salt=salt), keys(1), 16)
+    assert sorted(use.namespace.salt for use in store.namespaces()) == sorted(salts)
+
+
+def test_lengths_of_several_namespaces_are_told_at_once(store: StoreClient, namespace: Namespace) -> None:
+    salted = replace(namespace, salt="a")
+    fill(store, namespace, keys(1), 100)
+    fill(store, salted, keys(1), 1000)
+    items = [(namespace, keys(1)[0]), (namespace, b"absent"), (salted, keys(1)[0])]
+    assert store.length_each(items) == [100, 0, 1000]
+
+
 def test_namespaces_do_not_see_each_other(store: StoreClient) -> None:
     salted, plain = Namespace(model="m", salt="a"), Namespace(model="m")
     fill(store, salted, keys(1))
@@ -300,6 +342,19 @@ def test_a_parent_is_not_evicted_before_its_child(store: StoreClient, namespace:
         fill(store, namespace, keys(10, f"batch{batch}-"), MIB)
         present = list(store.hit_each([(namespace, key) for key in names]))
         assert present == sorted(present, reverse=True), "a block is here whose parent is not"
+
+
+def test_keys_in_no_order_do_not_hold_each_other(store: StoreClient, namespace: Namespace) -> None:
+    """Of a chain nothing may leave while its tail is pinned; of these all others may."""
+    names = keys(30)
+    with store.reserve(namespace, names, MIB, chain=False) as write:
+        write.commit()
+    with store.acquire_each([(namespace, names[-1])]):
+        for batch in range(3):
+            fill(store, namespace, keys(20, f"batch{batch}-"), MIB)
+        present = store.hit_each([(namespace, key) for key in names])
+    assert present[-1]
+    assert sum(present) < 10
 
 
 def test_48_blocks_of_1_mib_and_one_of_4_fit_64_mib_in_pieces(

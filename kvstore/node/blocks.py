@@ -23,15 +23,17 @@ class State(StrEnum):
 class Shelf:
     """One namespace's blocks in one tier: `sealed` is what readers may see, `pending` what they may not.
 
+    `sealed_bytes` is their length, counted by the directory.
     Shelves live as long as somebody uses them: a connection, or a block on them.
     """
 
-    __slots__ = ("__weakref__", "namespace", "pending", "sealed", "tier")
+    __slots__ = ("__weakref__", "namespace", "pending", "sealed", "sealed_bytes", "tier")
 
     def __init__(self, tier: "TierDirectory", namespace: Namespace) -> None:
         self.tier = tier
         self.namespace = namespace
         self.sealed: dict[bytes, Block] = {}
+        self.sealed_bytes = 0
         self.pending: dict[bytes, Block] = {}
 
     def resident(self, key: bytes) -> "Block | None":

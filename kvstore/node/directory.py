@@ -107,6 +107,7 @@ class TierDirectory:
             self._pending -= 1
             self._sealed += 1
             self._sealed_bytes += block.length
+            block.shelf.sealed_bytes += block.length
 
     def finish(self, block: Block, generation: int) -> bool:
         """Seal a loading block, unless it is no longer what it was when the load began."""
@@ -256,6 +257,10 @@ class TierDirectory:
         wrong = [
             (self._sealed != len(sealed), f"{self._sealed} sealed counted, {len(sealed)} found"),
             (self._sealed_bytes != sum(b.length for b in sealed), "bytes of sealed blocks do not add up"),
+            *(
+                (s.sealed_bytes != sum(b.length for b in s.sealed.values()), f"bytes of {s.namespace}")
+                for s in self.shelves()
+            ),
             (self._pending != len(pending), f"{self._pending} pending counted, {len(pending)} found"),
             (self._pinned != len(pinned), f"{self._pinned} pinned counted, {len(pinned)} found"),
             (self._pinned_bytes != sum(b.length for b in pinned), "bytes of pinned blocks do not add up"),
@@ -276,6 +281,7 @@ class TierDirectory:
         del block.shelf.sealed[block.key]
         self._sealed -= 1
         self._sealed_bytes -= block.length
+        block.shelf.sealed_bytes -= block.length
 
     def _absent(self, block: Block) -> Any:
         block.state = State.ABSENT

@@ -1,12 +1,14 @@
-"""What a namespace has, page by page: the arena, what the tiers below have beside it, and the arena again.
+"""What a node has, page by page: its namespaces, and the blocks of one.
 
-The second time is for what has come up from a tier that gave it up before that tier's turn came.
+A namespace's blocks are those in the arena, what the tiers below have beside it, and the arena again. The
+second time is for what has come up from a tier that gave it up before that tier's turn came.
 """
 
 from itertools import islice
 from typing import Final
 
 from kvstore.node.blocks import Block, Shelf
+from kvstore.node.directory import Directory
 from kvstore.node.promote import Shelves
 
 # A cursor is a turn's number (the arena, each tier, the arena) times this, and a place in that tier.
@@ -45,3 +47,15 @@ class Listing:
         if turn == 0:
             self._left_arena[arena] = arena.tier.generation
         return page, (turn + 1) * _TURN_STEP if turn + 1 < turns else 0
+
+
+def namespaces(directory: Directory, after: bytes, limit: int) -> tuple[list[list[Shelf]], bytes]:
+    """The shelves of namespaces that have blocks, by id behind `after`; the next page's `after`, or none."""
+    found: dict[bytes, list[Shelf]] = {}
+    for tier in directory.tiers:
+        for shelf in tier.shelves():
+            if shelf.sealed and shelf.namespace.id > after:
+                found.setdefault(shelf.namespace.id, []).append(shelf)
+    ids = sorted(found)
+    page = ids[:limit]
+    return [found[name] for name in page], page[-1] if len(ids) > limit else b""

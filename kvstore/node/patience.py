@@ -21,6 +21,7 @@ async def reserve(
     *,
     parent: bytes | None,
     tokens: bytes | None,
+    chain: bool = True,
 ) -> Grant:
     """Like `Writers.reserve`, but wait up to `wait_s` for room. While it waits it holds nothing.
 
@@ -30,7 +31,9 @@ async def reserve(
     deadline = time.monotonic() + wait_s
     possible = sum(lengths) <= min(holder.reserved_bytes_max, store.arena.tier.capacity_bytes)
     while True:
-        grant = store.writers.reserve(holder, shelves, keys, lengths, parent=parent, tokens=tokens)
+        grant = store.writers.reserve(
+            holder, shelves, keys, lengths, parent=parent, tokens=tokens, chain=chain
+        )
         remaining = deadline - time.monotonic()
         if b"r" not in grant.status or remaining <= 0 or not possible:
             return grant

@@ -139,10 +139,16 @@ class Readers:
         """How many leading keys are here, per medium. Pins nothing and does not count as a use."""
         return self._all.hit_length(self._movements.readable(shelves), keys)
 
-    def hit_each(self, items: Sequence[tuple[Shelves, bytes]]) -> bytes:
-        """One byte an item: here, in whatever tier, or not."""
+    def length_each(self, items: Sequence[tuple[Shelves, bytes]]) -> list[int]:
+        """Each item's length in bytes, in whatever tier it is; 0 where it is not."""
         readable = self._movements.readable
-        return bytes(any(key in shelf.sealed for shelf in readable(shelves)) for shelves, key in items)
+        lengths = [0] * len(items)
+        for index, (shelves, key) in enumerate(items):
+            for shelf in readable(shelves):
+                if (block := shelf.sealed.get(key)) is not None:
+                    lengths[index] = block.length
+                    break
+        return lengths
 
     # Helpers.
 

@@ -12,18 +12,12 @@ from typing import Any, Final
 
 from kvstore import packing, protocol
 from kvstore.block import Namespace
-from kvstore.errors import (
-    InvalidRequest,
-    KVStoreError,
-    LeaseError,
-    ProtocolError,
-)
-from kvstore.node import patience
+from kvstore.errors import InvalidRequest, KVStoreError, LeaseError, ProtocolError
+from kvstore.node import listing, patience
 from kvstore.node.connection import Connection, discarding
 from kvstore.node.greeting import Greeting
 from kvstore.node.host import Host
 from kvstore.node.lease import Grant, Holder, ReadLease
-from kvstore.node.listing import Listing
 from kvstore.node.promote import Shelves
 from kvstore.node.verification import Verification
 from kvstore.protocol import BODY_BYTES_MAX, HELLO_BYTES_MAX, LIST_PAGE_MAX, frame
@@ -53,7 +47,7 @@ class Session:
         # Whoever may open the socket needs no token.
         self._greeting = Greeting(None if holder.maps else host.token, holder.name)
         self._shelves: list[Shelves] = []
-        self._listing = Listing()
+        self._listing = listing.Listing()
         self._verifications: dict[int, Verification] = {}  # by tier
         self._handles: dict[Namespace, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -71,6 +65,7 @@ class Session:
             protocol.HitEach: self._hit_each,
             protocol.Remove: self._remove,
             protocol.ListKeys: self._list,
+            protocol.ListNamespaces: self._list_namespaces,
             protocol.GetStatistics: lambda _, __: protocol.Statistics(host.statistics()),
             protocol.Check: lambda _, __: protocol.Report(host.check()),
             protocol.Verify: self._verify,
@@ -174,15 +169,15 @@ class Session:
         keys = packing.unpack_keys(request.keys)
         lengths = packing.spread(request.lengths, len(keys))
         wait_s = packing.check_wait(request.wait_s)
-        arguments = {"parent": request.parent, "tokens": request.tokens}
+        chain: dict[str, Any] = {"parent": request.parent, "tokens": request.tokens, "chain": request.chain}
         writers = self._store.writers
-        grant = writers.reserve(self.holder, shelves, keys, lengths, **arguments)
+        grant = writers.reserve(self.holder, shelves, keys, lengths, **chain)
         if wait_s == 0 or b"r" not in grant.status:
             return self._granted(grant)
         writers.undo(self.holder, grant.lease)
 
         async def wait() -> protocol.Answer:
-            waited = patience.reserve(self._store, self.holder, shelves, keys, lengths, wait_s, **arguments)
+            waited = patience.reserve(self._store, self.holder, shelves, keys, lengths, wait_s, **chain)
             return self._granted(await waited)
 
         self._answer_later(request_id, wait())
@@ -305,7 +300,8 @@ class Session:
         return protocol.Hits(hits.gpu, hits.dram, hits.nvme, hits.remote)
 
     def _hit_each(self, _: int, request: protocol.HitEach) -> protocol.Answer:
-        return protocol.Found(self._store.readers.hit_each(self._items(request)))
+        lengths = self._store.readers.length_each(self._items(request))
+        return protocol.Found(bytes(map(bool, lengths)), [length for length in lengths if length])
 
     def _remove(self, request_id: int, request: protocol.Remove) -> protocol.Answer | None:
         keys = packing.unpack_keys(request.keys)
@@ -326,9 +322,19 @@ class Session:
 
     def _list(self, _: int, request: protocol.ListKeys) -> protocol.Answer:
         shelves = self._shelves_of(request.namespace)
-        blocks, cursor = self._listing.page(shelves, request.after, LIST_PAGE_MAX)
+        limit = min(request.limit, LIST_PAGE_MAX) if request.limit > 0 else LIST_PAGE_MAX
+        blocks, cursor = self._listing.page(shelves, request.after, limit)
         keys = packing.pack_keys([block.key for block in blocks]) if blocks else protocol.Keys(b"", [])
         return protocol.Page(keys, [block.length for block in blocks], cursor)
+
+    def _list_namespaces(self, _: int, request: protocol.ListNamespaces) -> protocol.Answer:
+        page, after = listing.namespaces(self._store.directory, request.after, LIST_PAGE_MAX)
+        return protocol.NamespacePage(
+            [shelves[0].namespace for shelves in page],
+            [sum(len(shelf.sealed) for shelf in shelves) for shelves in page],
+            [sum(shelf.sealed_bytes for shelf in shelves) for shelves in page],
+            after,
+        )
 
     def _verify(self, request_id: int, request: protocol.Verify) -> None:
         lowers = self._store.movements.lowers

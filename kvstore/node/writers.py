@@ -37,8 +37,11 @@ class Writers:
         *,
         parent: bytes | None = None,
         tokens: bytes | None = None,
+        chain: bool = True,
     ) -> Grant:
-        """Reserve what is missing of a chain of keys, as far as there is room at once.
+        """Reserve what is missing of these keys, as far as there is room at once; each continues the last.
+
+        Without `chain` they are in no order, and continue nothing.
 
         What is granted is a leading run of what is missing; everything after the first key that finds no
         room is refused. The lease is the holder's until every granted key is committed or it is aborted.
@@ -52,7 +55,7 @@ class Writers:
         status = bytearray(b"r" * len(keys))
         slots: list[Slot] = []
         self._arena.room.begin()
-        last = None if parent is None else shelf.resident(parent)
+        last = shelf.resident(parent) if chain and parent is not None else None
         # What is present must not be evicted for what is missing.
         kept = [last] if last is not None and last.state in _READABLE else []
         self._directory.pin(kept)
@@ -77,7 +80,7 @@ class Writers:
             else:
                 refused = True
                 continue
-            last = block
+            last = block if chain else None
         self._directory.unpin(kept)
         self._arena.settle()
         if lease.open:
