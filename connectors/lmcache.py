@@ -1,0 +1,326 @@
+"""LMCache's server (MP mode) on this store: an L2 adapter, loaded as a plugin.
+
+    lmcache server ... --l2-adapter '{"type": "plugin", "module_path": "connectors.lmcache",
+        "class_name": "KVStoreL2Adapter", "adapter_params": {"address": "unix:/run/kvstore/node.sock"}}'
+
+The interface is that of LMCache 0.5.6, v1/distributed/l2_adapters/base.py: tasks are submitted, end some time
+later, and are asked about. Here every task ends within its deadline; a task that the daemon does not serve is
+a miss, or a store that failed. Bytes are copied once, between LMCache's buffers and the daemon's memory.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from lmcache.lmcache_native import Bitmap
+from lmcache.v1.distributed.api import KeyEntry, KeyListPage, MemoryLayoutDesc, ObjectKey
+from lmcache.v1.distributed.internal_api import L1MemoryDesc, L2StoreResult
+from lmcache.v1.distributed.l2_adapters.base import AdapterUsage, L2AdapterInterface
+from lmcache.v1.memory_management import MemoryObj
+from lmcache.v1.platform import create_event_notifier
+
+from connectors.copying import Pairs, bytes_of
+from connectors.daemon import Daemon
+from connectors.locks import Locks
+from connectors.namespaces import Namespaces
+from connectors.parameters import Parameters
+from connectors.tasks import Tasks
+from connectors.transfer import Item, Transfer
+from kvstore.block import Namespace
+from kvstore.errors import KVStoreError
+from kvstore.hashing import (
+    lmcache_kv_rank,
+    lmcache_namespace,
+    lmcache_object_fields,
+    lmcache_seed,
+)
+from kvstore.protocol import KEYS_MAX
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+
+@dataclass(slots=True)
+class AdapterCounters:
+    """Totals since the adapter was made, in objects unless named otherwise."""
+
+    stored: int = 0
+    stored_bytes: int = 0
+    failed_stores: int = 0
+    looked_up: int = 0
+    found: int = 0
+    loaded: int = 0
+    loaded_bytes: int = 0
+    failed_loads: int = 0
+
+
+class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
+    """Objects of LMCache as blocks of the daemon: `ObjectKey`s by `hashing.lmcache_namespace` and their hash.
+
+    What a lookup finds in the daemon's memory is pinned until it is unlocked; what it finds on disk is not,
+    and is loaded when it is asked for. The daemon makes room by itself, so LMCache's eviction has nothing to
+    do here. Objects that the daemon evicts are not announced to LMCache: its lookups tell.
+
+    Raises:
+        InvalidRequest: a parameter is unknown or out of range.
+    """
+
+    def __init__(self, params: dict[str, Any], l1_memory_desc: L1MemoryDesc | None = None) -> None:
+        super().__init__()
+        self._parameters = parameters = Parameters.of(params)
+        make = partial(
+            lmcache_namespace,
+            block_tokens=parameters.block_tokens,
+            dtype=parameters.dtype,
+            layout=parameters.layout,
+            algorithm=parameters.hash_algorithm,
+            seed=lmcache_seed(),
+        )
+        like = make("any", lmcache_kv_rank(0, 1))
+
+        def ours(there: Namespace) -> bool:
+            fields = there.block_tokens, there.dtype, there.layout, there.scheme
+            return fields == (like.block_tokens, like.dtype, like.layout, like.scheme)
+
+        self._scheme = like.scheme
+        self._daemon = Daemon(parameters.address, timeout_s=parameters.silence_s, token=parameters.secret)
+        self._namespaces = Namespaces(self._daemon, make, ours)
+        self._transfer = Transfer(self._daemon, parameters.threads)
+        self._locks: Locks[ObjectKey] = Locks(parameters.lock_age_max_s)
+        self._stores: Tasks[L2StoreResult] = Tasks("store", parameters.threads, create_event_notifier())
+        self._lookups: Tasks[Bitmap] = Tasks("lookup", parameters.threads, create_event_notifier())
+        self._loads: Tasks[Bitmap] = Tasks("load", parameters.threads, create_event_notifier())
+        self._counters = AdapterCounters()
+        self._usage = AdapterUsage(0, 0)
+        self._closed = False
+
+    def get_store_event_fd(self) -> int:
+        """See LMCache's L2AdapterInterface, as for all methods here."""
+        return self._stores.fileno()
+
+    def get_lookup_and_lock_event_fd(self) -> int:
+        return self._lookups.fileno()
+
+    def get_load_event_fd(self) -> int:
+        return self._loads.fileno()
+
+    # Stores.
+
+    def submit_store_task(self, keys: list[ObjectKey], objects: list[MemoryObj]) -> int:
+        work = partial(self._store, keys, objects, self._deadline(self._parameters.transfer_timeout_s))
+        return self._stores.submit(partial(self._ended, work, lambda: L2StoreResult(False, 0)))
+
+    def pop_completed_store_tasks(self) -> dict[int, L2StoreResult]:
+        return self._stores.take_all()
+
+    def _store(self, keys: list[ObjectKey], objects: list[MemoryObj], deadline: float) -> L2StoreResult:
+        sources = [bytes_of(each.byte_array) for each in objects]
+        try:
+            nbytes = self._transfer.store(self._items(keys), [[source] for source in sources], deadline)
+        except KVStoreError:
+            self._counters.failed_stores += len(keys)
+            raise
+        self._counters.stored += len(keys)
+        self._counters.stored_bytes += nbytes
+        self._notify_keys_stored(keys, list(map(len, sources)))
+        return L2StoreResult(True, nbytes)
+
+    # Lookups and locks.
+
+    def submit_lookup_and_lock_task(
+        self, keys: list[ObjectKey], group_layout_descs: dict[int, MemoryLayoutDesc]
+    ) -> int:
+        work = partial(self._lookup, keys, self._deadline(self._parameters.timeout_s))
+        return self._lookups.submit(partial(self._ended, work, lambda: Bitmap(len(keys))))
+
+    def query_lookup_and_lock_result(self, task_id: int) -> Bitmap | None:
+        return self._lookups.take(task_id)
+
+    def submit_unlock(self, keys: list[ObjectKey]) -> None:
+        self._locks.unlock(keys)
+
+    def _lookup(self, keys: list[ObjectKey], deadline: float) -> Bitmap:
+        bitmap = Bitmap(len(keys))
+        items = self._items(keys)
+        for start in range(0, len(keys), KEYS_MAX):
+            if time.monotonic() > deadline:
+                break
+            try:
+                found = self._lock_found(keys[start : start + KEYS_MAX], items[start : start + KEYS_MAX])
+            except KVStoreError as error:  # what was found before is locked, and counts
+                self._daemon.complain(error)
+                break
+            for index in found:
+                bitmap.set(start + index)
+        self._counters.looked_up += len(keys)
+        self._counters.found += bitmap.popcount()
+        return bitmap
+
+    def _lock_found(self, keys: Sequence[ObjectKey], items: Sequence[Item]) -> list[int]:
+        """Lock what is here; the indices of it."""
+        with self._daemon.asking() as store:
+            lease = store.acquire_each(items)
+            try:
+                pinned = {index: view for index, view in enumerate(lease.views) if view is not None}
+                others = [index for index in range(len(keys)) if index not in pinned]
+                here = store.hit_each([items[index] for index in others]) if others else ()
+            except BaseException:
+                lease.end_quietly()
+                raise
+        below = [index for index, found in zip(others, here, strict=True) if found]
+        views = {keys[index]: view for index, view in pinned.items()}
+        self._locks.add(lease, views, [keys[index] for index in below])
+        return [*pinned, *below]
+
+    # Loads.
+
+    def submit_load_task(self, keys: list[ObjectKey], objects: list[MemoryObj]) -> int:
+        work = partial(self._load, keys, objects, self._deadline(self._parameters.transfer_timeout_s))
+        return self._loads.submit(partial(self._ended, work, lambda: Bitmap(len(keys))))
+
+    def query_load_result(self, task_id: int) -> Bitmap | None:
+        return self._loads.take(task_id)
+
+    def _load(self, keys: list[ObjectKey], objects: list[MemoryObj], deadline: float) -> Bitmap:
+        targets = [bytes_of(each.byte_array) for each in objects]
+
+        def place(index: int, block: memoryview) -> Pairs | None:
+            return [(targets[index], block)] if len(block) == len(targets[index]) else None
+
+        with self._locks.reading(keys) as views:
+            pinned = {index: views[key] for index, key in enumerate(keys) if key in views}
+            loaded = self._transfer.load(self._items(keys), place, deadline, pinned)
+        bitmap = Bitmap(len(keys))
+        for index, is_loaded in enumerate(loaded):
+            if is_loaded:
+                bitmap.set(index)
+        here = [index for index, is_loaded in enumerate(loaded) if is_loaded]
+        self._counters.loaded += len(here)
+        self._counters.loaded_bytes += sum(len(targets[index]) for index in here)
+        self._counters.failed_loads += len(keys) - len(here)
+        self._notify_keys_accessed([keys[index] for index in here])
+        return bitmap
+
+    # Everything else.
+
+    def delete(self, keys: list[ObjectKey]) -> None:
+        """Hide these objects now, in all tiers; what is locked is freed when it is unlocked.
+
+        Raises:
+            KVStoreError: the daemon is away, or cannot promise that they stay away.
+        """
+        items = self._items(keys)
+        for start in range(0, len(items), KEYS_MAX):
+            part = items[start : start + KEYS_MAX]
+            by_namespace: dict[Namespace, list[bytes]] = {}
+            for namespace, key in part:
+                by_namespace.setdefault(namespace, []).append(key)
+            with self._daemon.asking() as store:
+                lengths = store.length_each(part)
+                for namespace, names in by_namespace.items():
+                    store.remove(namespace, names)
+            gone = [index for index, length in enumerate(lengths) if length]
+            self._notify_keys_deleted(
+                [keys[start + index] for index in gone], [lengths[index] for index in gone]
+            )
+
+    def list_l2_keys(
+        self, model_name: str | None = None, page_size: int = 500, cursor: str | None = None
+    ) -> KeyListPage:
+        if page_size <= 0:
+            raise ValueError(f"page_size is {page_size}; give 1 or more")
+        first, after = _parse_cursor(cursor)
+        entries: list[KeyEntry] = []
+        with self._daemon.asking() as store:
+            for use in self._namespaces.used(store):
+                namespace = use.namespace
+                if namespace.id < first or model_name not in (None, namespace.model):
+                    continue
+                place: int | None = after if namespace.id == first else 0
+                while place is not None:
+                    if len(entries) == page_size:
+                        return KeyListPage(tuple(entries), f"{namespace.id.hex()}:{place}")
+                    page = store.list(namespace, place, limit=page_size - len(entries))
+                    place = page.cursor
+                    for key, length in zip(page.keys, page.lengths, strict=True):
+                        name = ObjectKey(key, *lmcache_object_fields(namespace))
+                        entries.append(KeyEntry(name.to_encoded_object_key(), length))
+        return KeyListPage(tuple(entries), None)
+
+    def get_usage(self) -> AdapterUsage:
+        """The bytes in all tiers of the daemon; of an object in two tiers, both. As last known while away."""
+        by_salt: dict[str, int] = {}
+        try:
+            with self._daemon.asking() as store:
+                capacity_bytes = sum(tier.capacity_bytes for tier in store.statistics().tiers)
+                for use in self._namespaces.used(store):
+                    salt = use.namespace.salt
+                    by_salt[salt] = by_salt.get(salt, 0) + use.block_bytes
+        except KVStoreError:
+            return self._usage
+        self._usage = AdapterUsage(sum(by_salt.values()), capacity_bytes, by_salt)
+        return self._usage
+
+    def report_status(self) -> dict[str, Any]:
+        away = self._daemon.away
+        return {
+            "is_healthy": away is None and not self._closed,
+            "type": type(self).__name__,
+            "address": self._parameters.address,
+            "away": away,
+            "scheme": self._scheme,
+            **asdict(self._counters),
+            **asdict(self._locks.statistics()),
+        }
+
+    def close(self) -> None:
+        """End once the tasks under way have: until then they use LMCache's buffers."""
+        if self._closed:
+            return
+        self._closed = True
+        self._transfer.stop()
+        for tasks in (self._stores, self._lookups, self._loads):
+            tasks.close()
+        self._transfer.close()
+        self._locks.clear()
+        self._daemon.close()
+
+    # Helpers.
+
+    def _ended(self, work: Callable[[], R], failed: Callable[[], R]) -> R:
+        """The task's result: LMCache waits for it, whatever has happened."""
+        if self._closed:
+            return failed()
+        try:
+            return work()
+        except KVStoreError as error:
+            self._daemon.complain(error)
+        except Exception:
+            logger.exception("a task of LMCache failed")
+        return failed()
+
+    def _deadline(self, timeout_s: float) -> float:
+        """Until when to begin calls: the last may stay unanswered."""
+        return time.monotonic() + timeout_s - self._parameters.silence_s
+
+    def _items(self, keys: Sequence[ObjectKey]) -> list[Item]:
+        of = self._namespaces.of
+        return [
+            (of(key.model_name, key.kv_rank, key.object_group_id, key.cache_salt), key.chunk_hash)
+            for key in keys
+        ]
+
+
+def _parse_cursor(cursor: str | None) -> tuple[bytes, int]:
+    """The namespace to go on with, by its id, and the place in it."""
+    if cursor is None:
+        return b"", 0
+    try:
+        name, place = cursor.split(":")
+        return bytes.fromhex(name), int(place)
+    except ValueError:
+        raise ValueError(f"cursor {cursor!r} is none that list_l2_keys has returned") from None

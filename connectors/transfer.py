@@ -1,0 +1,222 @@
+"""Batches of blocks between an engine's buffers and the daemon: stores of all or none, loads of what is here.
+
+It holds no lease beyond a call, and locks nothing. Calls block, so engines make them from threads; each is
+over by its deadline (a time of `time.monotonic`).
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Final
+
+from connectors.copying import Copier, Pairs
+from connectors.daemon import Daemon
+from kvstore.block import Namespace
+from kvstore.client import StoreClient, copy
+from kvstore.errors import DeadlineExceeded, InvalidRequest, KVStoreError, TierError
+from kvstore.leases import WriteLease
+from kvstore.protocol import KEYS_MAX
+
+Item = tuple[Namespace, bytes]
+# What a block's bytes are made of, end to end.
+Parts = Sequence[memoryview]
+# What of a block (by its index in the batch) is to be copied where; None when it is not what was expected.
+Place = Callable[[int, memoryview], Pairs | None]
+
+# Blocks of tiers below are fetched in windows, so that what has come is copied while the disk reads on.
+_WINDOW_BYTES: Final = 32 << 20
+# A window that brings nothing for so long is given up.
+_WINDOW_S: Final = 1.0
+# Between two looks at a block that somebody else is writing.
+_LOOK_S: Final = 0.005
+
+
+class Transfer:
+    """Stores and loads for one connector. `threads` copy, and as many wait for what is on its way."""
+
+    def __init__(self, daemon: Daemon, threads: int) -> None:
+        self._daemon = daemon
+        self._copier = Copier(threads)
+        self._waiters = ThreadPoolExecutor(threads, thread_name_prefix="kvstore-wait")
+        self._closed = threading.Event()
+
+    def store(self, items: Sequence[Item], sources: Sequence[Parts], deadline: float) -> int:
+        """Store all of these blocks, whose parts are `sources`, or none; how many bytes were copied.
+
+        What is here already is left as it is, unless it has another length: then it is replaced. What
+        somebody else is writing is waited for, and ours are in place meanwhile.
+
+        Raises:
+            DeadlineExceeded: somebody else is still writing some of them.
+            InvalidRequest: a block is longer than the daemon's memory.
+            TierError: there is no room for all of them.
+            Unavailable: the daemon is away, or has gone.
+        """
+        wanted = dict(zip(items, sources, strict=True))
+        copied = 0
+        while wanted:
+            with self._daemon.asking() as store:
+                busy, nbytes = self._publish(store, wanted, deadline)
+            copied += nbytes
+            wanted = {item: wanted[item] for item in busy}
+            if wanted and (time.monotonic() > deadline or self._closed.wait(_LOOK_S)):
+                raise DeadlineExceeded(f"{len(wanted)} blocks are still being written by somebody else")
+        return copied
+
+    def load(
+        self,
+        items: Sequence[Item],
+        place: Place,
+        deadline: float,
+        pinned: Mapping[int, memoryview] | None = None,
+    ) -> list[bool]:
+        """Copy these blocks to where `place` says; for each whether it is there. An absence is no error.
+
+        `pinned` are the bytes of those that the caller holds, by index.
+        """
+        held = pinned or {}
+        loaded = [False] * len(items)
+        pairs: list[tuple[memoryview, memoryview]] = []
+        for index, block in held.items():
+            placed = place(index, block)
+            if placed is not None:
+                pairs += placed
+                loaded[index] = True
+        self._copier.copy(pairs)
+        missing = [index for index in range(len(items)) if index not in held]
+
+        def fetch(window: Sequence[int]) -> None:
+            for index in self._fetch(items, window, place, deadline):
+                loaded[index] = True
+
+        if len(missing) == 1:
+            fetch(missing)
+        elif missing:
+            list(self._waiters.map(fetch, self._windows(items, missing)))
+        return loaded
+
+    def stop(self) -> None:
+        """Let calls under way wait for nothing more."""
+        self._closed.set()
+
+    def close(self) -> None:
+        """End the threads. No call may be under way."""
+        self._waiters.shutdown(wait=True)
+        self._copier.close()
+
+    # Stores.
+
+    def _publish(
+        self, store: StoreClient, wanted: Mapping[Item, Parts], deadline: float
+    ) -> tuple[list[Item], int]:
+        """Reserve, copy and commit all of it, or nothing; what is busy, and how many bytes were copied."""
+        busy: list[Item] = []
+        pairs: list[tuple[memoryview, memoryview]] = []
+        with ExitStack() as leases:
+            writes = []
+            for namespace, sources in _by_namespace(wanted):
+                write = leases.enter_context(self._reserve(store, namespace, sources, deadline))
+                if write.refused:
+                    total = sum(map(_length, wanted.values()))
+                    raise TierError(
+                        f"no room for {len(write.refused)} of {len(wanted)} blocks, {total} bytes in all: "
+                        "too much is pinned or not yet on disk, or they are more than one client may reserve"
+                    )
+                for key, view in zip(write.granted, write.views, strict=True):
+                    pairs += _laid_out(view, sources[key])
+                busy += [(namespace, key) for key in write.busy]
+                writes.append(write)
+            nbytes = self._copier.copy(pairs)
+            for write in writes:
+                write.commit()
+        return busy, nbytes
+
+    def _reserve(
+        self, store: StoreClient, namespace: Namespace, sources: Mapping[bytes, Parts], deadline: float
+    ) -> WriteLease:
+        keys, lengths = list(sources), [_length(parts) for parts in sources.values()]
+        try:
+            return store.reserve(namespace, keys, lengths, wait_s=_left_s(deadline), chain=False)
+        except InvalidRequest:
+            here = store.length_each([(namespace, key) for key in keys])
+            other = [key for key, old, new in zip(keys, here, lengths, strict=True) if old not in (0, new)]
+            if not other:
+                raise
+            store.remove(namespace, other)
+            return store.reserve(namespace, keys, lengths, wait_s=_left_s(deadline), chain=False)
+
+    # Loads.
+
+    def _fetch(
+        self, items: Sequence[Item], window: Sequence[int], place: Place, deadline: float
+    ) -> Iterator[int]:
+        """Wait for these blocks and copy them; the indices of those that have come."""
+        while window and (left_s := _left_s(deadline)) and not self._closed.is_set():
+            try:
+                with (
+                    self._daemon.asking() as store,
+                    store.acquire_each([items[i] for i in window], wait_s=min(left_s, _WINDOW_S)) as lease,
+                ):
+                    views = dict(zip(window, lease.views, strict=True))
+                    for index, block in views.items():
+                        placed = None if block is None else place(index, block)
+                        if placed is not None:
+                            for target, source in placed:
+                                copy(target, source)
+                            yield index
+            except KVStoreError:
+                return
+            missing = [index for index, block in views.items() if block is None]
+            if len(missing) == len(window):
+                return
+            window = missing
+
+    def _windows(self, items: Sequence[Item], missing: Sequence[int]) -> list[list[int]]:
+        """The missing blocks that are here at all, in windows of some bytes."""
+        windows: list[list[int]] = []
+        room_bytes = 0
+        for start in range(0, len(missing), KEYS_MAX):
+            part = missing[start : start + KEYS_MAX]
+            try:
+                with self._daemon.asking() as store:
+                    lengths = store.length_each([items[index] for index in part])
+            except KVStoreError:
+                break
+            for index, length in zip(part, lengths, strict=True):
+                if not length:
+                    continue
+                if length > room_bytes:
+                    windows.append([])
+                    room_bytes = max(_WINDOW_BYTES, length)
+                windows[-1].append(index)
+                room_bytes -= length
+        return windows
+
+
+def _by_namespace(wanted: Mapping[Item, Parts]) -> Iterator[tuple[Namespace, dict[bytes, Parts]]]:
+    """The blocks of each namespace, as many at a time as one request may name."""
+    requests: dict[Namespace, dict[bytes, Parts]] = {}
+    for (namespace, key), parts in wanted.items():
+        request = requests.setdefault(namespace, {})
+        request[key] = parts
+        if len(request) == KEYS_MAX:
+            yield namespace, requests.pop(namespace)
+    yield from requests.items()
+
+
+def _length(parts: Parts) -> int:
+    return sum(map(len, parts))
+
+
+def _laid_out(block: memoryview, parts: Parts) -> Iterator[tuple[memoryview, memoryview]]:
+    """Each part with its place in the block."""
+    start = 0
+    for part in parts:
+        yield block[start : start + len(part)], part
+        start += len(part)
+
+
+def _left_s(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic())
