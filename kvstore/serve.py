@@ -18,8 +18,9 @@ from kvstore.metrics import exposition
 from kvstore.node.arena import Arena
 from kvstore.node.directory import TierDirectory
 from kvstore.node.http import HttpServer, health_app
-from kvstore.node.lower import Lower, Rules
+from kvstore.node.lower import Lower
 from kvstore.node.policy import POLICIES
+from kvstore.node.rules import Rules
 from kvstore.node.server import Limits, Server, clear_stale_socket
 from kvstore.node.store import Store
 from tiers.dram import DramTier

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.node.listing import Listing
-from kvstore.node.lower import Rules
+from kvstore.node.rules import Rules
 from tests.scripted import MIB, Disk, Stage, in_virtual_time, quiet, virtual_time
 
 LENGTH = 64 << 10

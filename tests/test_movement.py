@@ -10,7 +10,7 @@ from kvstore.errors import TierError
 from kvstore.node import patience
 from kvstore.node.blocks import State
 from kvstore.node.breaker import FAILURES_MAX
-from kvstore.node.lower import Rules
+from kvstore.node.rules import Rules
 from kvstore.node.verification import Verification
 from tests.scripted import (
     MIB,

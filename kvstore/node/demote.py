@@ -191,22 +191,14 @@ class Demoter:
         lower.unwritten_bytes += block.length
         block.owed += owed
 
-    def _leave(self, lower: Lower, block: Block) -> bool:
-        """Whether the block was owed."""
-        owed = lower.unwritten.pop(block)
+    def _leave(self, lower: Lower, block: Block) -> None:
+        block.owed -= lower.unwritten.pop(block)
         lower.unwritten_bytes -= block.length
-        block.owed -= owed
-        return owed
 
     def _touch(self, blocks: Sequence[Block]) -> None:
         """What leaves the arena was used later than what left before: the tiers below follow that order."""
         for lower in self._lowers:
-            copies = []
-            for block in blocks:
-                shelf = lower.directory.known(block.shelf.namespace)
-                below = None if shelf is None else shelf.sealed.get(block.key)
-                if below is not None:
-                    copies.append(below)
+            copies = list(filter(None, map(lower.copy_of, blocks)))
             lower.directory.requested(copies[::-1])  # what left first is the oldest, as a tail is
 
     # What is written next.

@@ -9,7 +9,6 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final, TypeVar
 
@@ -20,6 +19,7 @@ from kvstore.node.blocks import Block, Shelf, State
 from kvstore.node.breaker import Breaker
 from kvstore.node.directory import TierDirectory
 from kvstore.node.room import Room
+from kvstore.node.rules import Rules
 from kvstore.statistics import Latencies, TierCounters
 from tiers.base import Slot, StorageTier
 
@@ -33,25 +33,6 @@ _TURN: Final = 256
 _SILENCE_S: Final = 60.0
 # A daemon that starts waits so long for what its disks hold, and then goes on without them.
 _START_S: Final = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """How blocks come into a tier and leave it.
-
-    They are written behind every commit, or with `on_eviction` when the arena's use passes `high_watermark`,
-    until it is below `low_watermark`, coldest first; only those that were hit `admit_hits` times or more. An
-    `exclusive` tier gives a block up once it has been promoted. A call that takes longer than `timeout_s` is
-    late; `jobs` are under way at once.
-    """
-
-    on_eviction: bool = False
-    exclusive: bool = False
-    admit_hits: int = 0
-    high_watermark: float = 0.95
-    low_watermark: float = 0.90
-    timeout_s: float = 2.0
-    jobs: int = 4
 
 
 class Lower:
@@ -127,6 +108,11 @@ class Lower:
     def readable(self, shelf: Shelf, key: bytes) -> Block | None:
         """The block, if it is here and the tier can be asked for it."""
         return None if self.breaker.open else shelf.sealed.get(key)
+
+    def copy_of(self, block: Block) -> Block | None:
+        """The block of the same content that can be read here, if there is one."""
+        shelf = self.directory.known(block.shelf.namespace)
+        return None if shelf is None else shelf.sealed.get(block.key)
 
     # I/O.
 
@@ -221,8 +207,7 @@ class Lower:
                 continue
             self.directory.seal([block])
             self.directory.requested([block])
-            for listener in self._listeners:
-                listener.sealed(self.name, [block], None)
+            self.announce_sealed([block])
         self.counters.recovered_blocks += len(found)
         self.recovered = True
         if found:

@@ -117,13 +117,7 @@ class Movements:
         """Blocks have arrived from a tier."""
         if not lower.rules.exclusive:
             return
-        below = []
-        for block in blocks:
-            shelf = lower.directory.known(block.shelf.namespace)
-            source = None if shelf is None else shelf.sealed.get(block.key)
-            if source is not None:
-                below.append(source)
-        lower.drop(below)
+        lower.drop(list(filter(None, map(lower.copy_of, blocks))))
         self.demoter.promoted(lower, blocks)
 
     def _call_ended(self, lower: Lower) -> None:
