@@ -9,11 +9,13 @@ a miss, or a store that failed. Bytes are copied once, between LMCache's buffers
 """
 
 import logging
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from lmcache.lmcache_native import Bitmap
 from lmcache.v1.distributed.api import KeyEntry, KeyListPage, MemoryLayoutDesc, ObjectKey
@@ -28,8 +30,9 @@ from connectors.locks import Locks
 from connectors.namespaces import Namespaces
 from connectors.parameters import Parameters
 from connectors.tasks import Tasks
-from connectors.transfer import Item, Transfer
+from connectors.transfer import Transfer
 from kvstore.block import Namespace
+from kvstore.client import Item
 from kvstore.errors import KVStoreError
 from kvstore.hashing import (
     lmcache_kv_rank,
@@ -42,20 +45,11 @@ from kvstore.protocol import KEYS_MAX
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
-
-
-@dataclass(slots=True)
-class AdapterCounters:
-    """Totals since the adapter was made, in objects unless named otherwise."""
-
-    stored: int = 0
-    stored_bytes: int = 0
-    failed_stores: int = 0
-    looked_up: int = 0
-    found: int = 0
-    loaded: int = 0
-    loaded_bytes: int = 0
-    failed_loads: int = 0
+# Totals since the adapter was made, in objects unless they are bytes.
+_COUNTED: Final = (
+    *("stored", "stored_bytes", "failed_stores", "looked_up", "found"),
+    *("loaded", "loaded_bytes", "failed_loads"),
+)
 
 
 class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
@@ -94,7 +88,8 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         self._stores: Tasks[L2StoreResult] = Tasks("store", parameters.threads, create_event_notifier())
         self._lookups: Tasks[Bitmap] = Tasks("lookup", parameters.threads, create_event_notifier())
         self._loads: Tasks[Bitmap] = Tasks("load", parameters.threads, create_event_notifier())
-        self._counters = AdapterCounters()
+        self._counters = Counter(dict.fromkeys(_COUNTED, 0))
+        self._counting = threading.Lock()
         self._usage = AdapterUsage(0, 0)
         self._closed = False
 
@@ -122,10 +117,9 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         try:
             nbytes = self._transfer.store(self._items(keys), [[source] for source in sources], deadline)
         except KVStoreError:
-            self._counters.failed_stores += len(keys)
+            self._count(failed_stores=len(keys))
             raise
-        self._counters.stored += len(keys)
-        self._counters.stored_bytes += nbytes
+        self._count(stored=len(keys), stored_bytes=nbytes)
         self._notify_keys_stored(keys, list(map(len, sources)))
         return L2StoreResult(True, nbytes)
 
@@ -156,8 +150,7 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
                 break
             for index in found:
                 bitmap.set(start + index)
-        self._counters.looked_up += len(keys)
-        self._counters.found += bitmap.popcount()
+        self._count(looked_up=len(keys), found=bitmap.popcount())
         return bitmap
 
     def _lock_found(self, keys: Sequence[ObjectKey], items: Sequence[Item]) -> list[int]:
@@ -195,13 +188,11 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
             pinned = {index: views[key] for index, key in enumerate(keys) if key in views}
             loaded = self._transfer.load(self._items(keys), place, deadline, pinned)
         bitmap = Bitmap(len(keys))
-        for index, is_loaded in enumerate(loaded):
-            if is_loaded:
-                bitmap.set(index)
         here = [index for index, is_loaded in enumerate(loaded) if is_loaded]
-        self._counters.loaded += len(here)
-        self._counters.loaded_bytes += sum(len(targets[index]) for index in here)
-        self._counters.failed_loads += len(keys) - len(here)
+        for index in here:
+            bitmap.set(index)
+        loaded_bytes = sum(len(targets[index]) for index in here)
+        self._count(loaded=len(here), loaded_bytes=loaded_bytes, failed_loads=len(keys) - len(here))
         self._notify_keys_accessed([keys[index] for index in here])
         return bitmap
 
@@ -273,7 +264,7 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
             "address": self._parameters.address,
             "away": away,
             "scheme": self._scheme,
-            **asdict(self._counters),
+            **self._counters,
             **asdict(self._locks.statistics()),
         }
 
@@ -302,6 +293,10 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         except Exception:
             logger.exception("a task of LMCache failed")
         return failed()
+
+    def _count(self, **added: int) -> None:
+        with self._counting:
+            self._counters.update(added)
 
     def _deadline(self, timeout_s: float) -> float:
         """Until when to begin calls: the last may stay unanswered."""

@@ -31,8 +31,9 @@ from connectors.copying import Pairs, bytes_of
 from connectors.daemon import Daemon
 from connectors.namespaces import Namespaces
 from connectors.parameters import Parameters
-from connectors.transfer import Item, Transfer
+from connectors.transfer import Transfer
 from kvstore.block import Namespace
+from kvstore.client import Item
 from kvstore.errors import KVStoreError
 from kvstore.hashing import (
     lmcache_engine_key,

@@ -13,13 +13,11 @@ from typing import Final
 
 from connectors.copying import Copier, Pairs
 from connectors.daemon import Daemon
-from kvstore.block import Namespace
-from kvstore.client import StoreClient, copy
+from kvstore.client import Item, StoreClient, copy
 from kvstore.errors import DeadlineExceeded, InvalidRequest, KVStoreError, TierError
 from kvstore.leases import WriteLease
 from kvstore.protocol import KEYS_MAX
 
-Item = tuple[Namespace, bytes]
 # What a block's bytes are made of, end to end.
 Parts = Sequence[memoryview]
 # What of a block (by its index in the batch) is to be copied where; None when it is not what was expected.
@@ -114,19 +112,21 @@ class Transfer:
         """Reserve, copy and commit all of it, or nothing; what is busy, and how many bytes were copied."""
         busy: list[Item] = []
         pairs: list[tuple[memoryview, memoryview]] = []
+        items = list(wanted)
         with ExitStack() as leases:
             writes = []
-            for namespace, sources in _by_namespace(wanted):
-                write = leases.enter_context(self._reserve(store, namespace, sources, deadline))
+            for start in range(0, len(items), KEYS_MAX):
+                part = items[start : start + KEYS_MAX]
+                write = leases.enter_context(self._reserve(store, part, wanted, deadline))
                 if write.refused:
                     total = sum(map(_length, wanted.values()))
                     raise TierError(
                         f"no room for {len(write.refused)} of {len(wanted)} blocks, {total} bytes in all: "
                         "too much is pinned or not yet on disk, or they are more than one client may reserve"
                     )
-                for key, view in zip(write.granted, write.views, strict=True):
-                    pairs += _laid_out(view, sources[key])
-                busy += [(namespace, key) for key in write.busy]
+                for item, view in zip(write.granted, write.views, strict=True):
+                    pairs += _laid_out(view, wanted[item])
+                busy += write.busy
                 writes.append(write)
             nbytes = self._copier.copy(pairs)
             for write in writes:
@@ -134,18 +134,19 @@ class Transfer:
         return busy, nbytes
 
     def _reserve(
-        self, store: StoreClient, namespace: Namespace, sources: Mapping[bytes, Parts], deadline: float
-    ) -> WriteLease:
-        keys, lengths = list(sources), [_length(parts) for parts in sources.values()]
+        self, store: StoreClient, items: Sequence[Item], wanted: Mapping[Item, Parts], deadline: float
+    ) -> WriteLease[Item]:
+        lengths = [_length(wanted[item]) for item in items]
         try:
-            return store.reserve(namespace, keys, lengths, wait_s=_left_s(deadline), chain=False)
+            return store.reserve_each(items, lengths, wait_s=_left_s(deadline))
         except InvalidRequest:
-            here = store.length_each([(namespace, key) for key in keys])
-            other = [key for key, old, new in zip(keys, here, lengths, strict=True) if old not in (0, new)]
+            here = store.length_each(items)
+            other = [item for item, old, new in zip(items, here, lengths, strict=True) if old not in (0, new)]
             if not other:
                 raise
-            store.remove(namespace, other)
-            return store.reserve(namespace, keys, lengths, wait_s=_left_s(deadline), chain=False)
+            for namespace, key in other:
+                store.remove(namespace, [key])
+            return store.reserve_each(items, lengths, wait_s=_left_s(deadline))
 
     # Loads.
 
@@ -193,17 +194,6 @@ class Transfer:
                 windows[-1].append(index)
                 room_bytes -= length
         return windows
-
-
-def _by_namespace(wanted: Mapping[Item, Parts]) -> Iterator[tuple[Namespace, dict[bytes, Parts]]]:
-    """The blocks of each namespace, as many at a time as one request may name."""
-    requests: dict[Namespace, dict[bytes, Parts]] = {}
-    for (namespace, key), parts in wanted.items():
-        request = requests.setdefault(namespace, {})
-        request[key] = parts
-        if len(request) == KEYS_MAX:
-            yield namespace, requests.pop(namespace)
-    yield from requests.items()
 
 
 def _length(parts: Parts) -> int:

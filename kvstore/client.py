@@ -9,7 +9,7 @@ import ssl
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from kvstore.keeper import Keeper
 from kvstore.leases import EachLease, ReadLease, WriteLease, map_views, split_payload
 from kvstore.link import Link
 from kvstore.statistics import NodeStatistics
+
+Item = tuple[Namespace, bytes]
+N = TypeVar("N")
 
 
 class KeyPage(NamedTuple):
@@ -84,13 +87,11 @@ class StoreClient:
         parent: bytes | None = None,
         tokens: Sequence[int] | None = None,
         wait_s: float = 0.0,
-        chain: bool = True,
-    ) -> WriteLease:
+    ) -> WriteLease[bytes]:
         """Reserve memory for blocks that continue `parent` in the order of `keys`, `nbytes` long each.
 
         With `wait_s=0` it never waits; otherwise up to `wait_s` for room. `tokens` are the blocks' token
-        ids, for those who follow the daemon's events. `chain=False` is for keys of several prompts, in no
-        order.
+        ids, for those who follow the daemon's events.
 
         Raises:
             InvalidRequest: keys or lengths are out of their limits, or a key is here with another length.
@@ -100,19 +101,21 @@ class StoreClient:
         token_bytes = packing.pack_tokens(tokens)
         packing.check_wait(wait_s)
         link = self._connected()
-        request = protocol.Reserve(
-            link.handle(namespace), packed, lengths, parent, token_bytes, wait_s, chain
-        )
-        answer = self._call(link, request, wait_s).answer
-        assert isinstance(answer, protocol.Granted)
-        slots = answer.slots
-        views: list[memoryview] = []
-        if link.shares_memory and slots.offsets:
-            views = map_views(link, slots, writable=True)
-        elif answer.lease:
-            granted = answer.status.count(b"g")
-            views = [memoryview(bytearray(n)) for n in packing.spread(slots.lengths, granted)]
-        return self._hold(WriteLease(self._keeper, link, answer.lease, keys, answer.status, views))
+        request = protocol.Reserve(link.handle(namespace), packed, lengths, parent, token_bytes, wait_s)
+        return self._granted(link, request, keys)
+
+    def reserve_each(
+        self, items: Sequence[Item], nbytes: int | Sequence[int], *, wait_s: float = 0.0
+    ) -> WriteLease[Item]:
+        """Reserve memory for blocks of several namespaces, in no order; else as `reserve` does.
+
+        What the lease has in place of keys are items.
+        """
+        lengths = packing.check_lengths(nbytes, len(items))
+        packing.check_wait(wait_s)
+        link = self._connected()
+        request = protocol.ReserveEach(*_packed_items(link, items), lengths, wait_s)
+        return self._granted(link, request, items)
 
     def acquire(self, namespace: Namespace, keys: Sequence[bytes], *, wait_s: float = 0.0) -> ReadLease:
         """Pin the leading keys that are in the arena.
@@ -132,7 +135,7 @@ class StoreClient:
             views = split_payload(reply.payload, answer.slots.lengths)
         return self._hold(ReadLease(self._keeper, link, answer.lease, views, limited=answer.limited))
 
-    def acquire_each(self, items: Sequence[tuple[Namespace, bytes]], *, wait_s: float = 0.0) -> EachLease:
+    def acquire_each(self, items: Sequence[Item], *, wait_s: float = 0.0) -> EachLease:
         """Pin every item that is here; holes are allowed. With `wait_s` it waits as `acquire` does."""
         packing.check_wait(wait_s)
         link = self._connected()
@@ -157,11 +160,11 @@ class StoreClient:
         assert isinstance(answer, protocol.Hits)
         return HitLength(answer.gpu, answer.dram, answer.nvme, answer.remote)
 
-    def hit_each(self, items: Sequence[tuple[Namespace, bytes]]) -> Sequence[bool]:
+    def hit_each(self, items: Sequence[Item]) -> Sequence[bool]:
         """For every item, whether it is here."""
         return list(map(bool, self._found(items).found))
 
-    def length_each(self, items: Sequence[tuple[Namespace, bytes]]) -> Sequence[int]:
+    def length_each(self, items: Sequence[Item]) -> Sequence[int]:
         """For every item its block's length in bytes, 0 where it is not here."""
         answer = self._found(items)
         lengths = iter(packing.spread(answer.lengths, sum(answer.found)))
@@ -262,7 +265,21 @@ class StoreClient:
         assert isinstance(answer, protocol.Count)
         return answer.count
 
-    def _found(self, items: Sequence[tuple[Namespace, bytes]]) -> protocol.Found:
+    def _granted(
+        self, link: Link, request: protocol.Reserve | protocol.ReserveEach, names: Sequence[N]
+    ) -> WriteLease[N]:
+        answer = self._call(link, request, request.wait_s).answer
+        assert isinstance(answer, protocol.Granted)
+        slots = answer.slots
+        views: list[memoryview] = []
+        if link.shares_memory and slots.offsets:
+            views = map_views(link, slots, writable=True)
+        elif answer.lease:
+            granted = answer.status.count(b"g")
+            views = [memoryview(bytearray(n)) for n in packing.spread(slots.lengths, granted)]
+        return self._hold(WriteLease(self._keeper, link, answer.lease, names, answer.status, views))
+
+    def _found(self, items: Sequence[Item]) -> protocol.Found:
         link = self._connected()
         answer = self._call(link, protocol.HitEach(*_packed_items(link, items))).answer
         assert isinstance(answer, protocol.Found)
@@ -288,6 +305,6 @@ def copy(target: memoryview, source: memoryview) -> None:
     np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
-def _packed_items(link: Link, items: Sequence[tuple[Namespace, bytes]]) -> tuple[list[int], protocol.Keys]:
+def _packed_items(link: Link, items: Sequence[Item]) -> tuple[list[int], protocol.Keys]:
     keys = packing.pack_keys([key for _, key in items])
-    return [link.handle(namespace) for namespace, _ in items], keys
+    return link.handles([namespace for namespace, _ in items]), keys

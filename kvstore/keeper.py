@@ -113,7 +113,7 @@ class Keeper:
         if not self._unsent.is_set():
             self._unsent.set()
 
-    def send_commit(self, lease: WriteLease, indices: Sequence[int] | None) -> None:
+    def send_commit(self, lease: WriteLease[Any], indices: Sequence[int] | None) -> None:
         payload: Sequence[memoryview] = ()
         if not lease.link.shares_memory:
             views = lease.views

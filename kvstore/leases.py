@@ -7,13 +7,15 @@ views, so that using one raises ValueError; an array made from a view cannot be 
 
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
 from kvstore import packing, protocol
 from kvstore.errors import InvalidRequest, LeaseError
 from kvstore.link import Link
+
+N = TypeVar("N")
 
 
 class Owner(Protocol):
@@ -31,7 +33,7 @@ class Owner(Protocol):
     def lease_dropped(self, lease: "Lease") -> None:
         """The lease was garbage before it ended."""
 
-    def send_commit(self, lease: "WriteLease", indices: Sequence[int] | None) -> None:
+    def send_commit(self, lease: "WriteLease[Any]", indices: Sequence[int] | None) -> None:
         """Tell the daemon, and send the bytes where no memory is shared."""
 
 
@@ -151,7 +153,7 @@ class EachLease(Lease):
         self._end("release")
 
 
-class WriteLease(Lease):
+class WriteLease(Lease, Generic[N]):
     """Reserved blocks: `views` are writable, one for each key of `granted`.
 
     `granted` is a leading run of what was missing, `refused` the rest of it, for want of room or by this
@@ -164,7 +166,7 @@ class WriteLease(Lease):
         owner: Owner,
         link: Link,
         lease_id: int,
-        keys: Sequence[bytes],
+        keys: Sequence[N],
         status: bytes,
         views: Sequence[memoryview],
     ) -> None:
@@ -194,7 +196,7 @@ class WriteLease(Lease):
         """The views of what is not committed yet, in the order of `granted`."""
         return [view for key, view in zip(self.granted, self._views, strict=True) if key in self._open]
 
-    def commit(self, keys: Iterable[bytes] | None = None) -> None:
+    def commit(self, keys: Iterable[N] | None = None) -> None:
         """Seal all granted blocks, or those of some keys as they are done; they can be read from now on.
 
         The views of sealed blocks must not be written any more.
@@ -212,8 +214,8 @@ class WriteLease(Lease):
             for key in chosen:
                 if key not in self._open:
                     if key in self.granted:
-                        raise LeaseError(f"key {key.hex()} was committed before; commit once")
-                    raise InvalidRequest(f"key {key.hex()} was not granted by this lease")
+                        raise LeaseError(f"key {_text(key)} was committed before; commit once")
+                    raise InvalidRequest(f"key {_text(key)} was not granted by this lease")
             position = {key: index for index, key in enumerate(self.granted)}
             indices = [position[key] for key in chosen]
             if not indices:
@@ -245,6 +247,11 @@ def map_views(link: Link, slots: protocol.Slots, *, writable: bool) -> list[memo
         return [memory[o : o + n] for o, n in zip(offsets, lengths, strict=True)]
     spread = zip(slots.arenas, offsets, packing.spread(lengths, len(offsets)), strict=True)
     return [link.memory(a, writable=writable)[o : o + n] for a, o, n in spread]
+
+
+def _text(name: Any) -> str:
+    """A key, or an item of namespace and key, as errors name it."""
+    return name.hex() if isinstance(name, bytes) else f"{name[1].hex()} of {name[0]}"
 
 
 def split_payload(payload: memoryview | None, lengths: int | Sequence[int]) -> list[memoryview]:

@@ -71,12 +71,18 @@ class Link:
     def handle(self, namespace: Namespace) -> int:
         """What stands for the namespace on this link."""
         handle = self._handles.get(namespace)
-        if handle is None:
-            request = protocol.OpenNamespace(namespace.id, namespace)
+        return self.handles([namespace])[0] if handle is None else handle
+
+    def handles(self, namespaces: Sequence[Namespace]) -> list[int]:
+        """What stands for each of these namespaces; all that are new are named in one go."""
+        known = self._handles
+        new = list(dict.fromkeys(namespace for namespace in namespaces if namespace not in known))
+        if new:
+            request = protocol.OpenNamespaces([namespace.id for namespace in new], new)
             answer = self.channel.call(request, self.timeout_s).answer
             assert isinstance(answer, protocol.Opened)
-            handle = self._handles[namespace] = answer.handle
-        return handle
+            known.update(zip(new, answer.handles, strict=True))
+        return [known[namespace] for namespace in namespaces]
 
     def memory(self, arena: int, *, writable: bool) -> memoryview:
         """The arena's bytes, mapped at first use."""

@@ -19,8 +19,8 @@ from kvstore.errors import KVStoreError, ProtocolError
 from kvstore.statistics import NodeStatistics
 
 # Another major version is refused. A minor version adds messages or fields at the end.
-MAJOR: Final = 1
-MINOR: Final = 2
+MAJOR: Final = 2
+MINOR: Final = 0
 
 HEADER: Final = struct.Struct("<IIQ")
 # Keys of one request; a prompt of 1M tokens is 4,096 blocks of 256. Reserving so many takes some 15 ms, for
@@ -82,11 +82,11 @@ class OpenArena(Message, tag=3):
     writable: bool
 
 
-class OpenNamespace(Message, tag=4):
-    """Name a namespace once; `Opened.handle` stands for it on this connection."""
+class OpenNamespaces(Message, tag=4):
+    """Name namespaces once, each with its id; `Opened.handles` stand for them on this connection."""
 
-    id: bytes
-    namespace: Namespace
+    ids: Annotated[list[bytes], msgspec.Meta(max_length=KEYS_MAX)]
+    namespaces: list[Namespace]
 
 
 class Reserve(Message, tag=5):
@@ -96,7 +96,15 @@ class Reserve(Message, tag=5):
     parent: bytes | None = None
     tokens: bytes | None = None
     wait_s: float = 0.0
-    chain: bool = True
+
+
+class ReserveEach(Message, tag=19):
+    """Keys of several namespaces, in no order: `namespaces` has a handle for each key."""
+
+    namespaces: list[int]
+    keys: Keys
+    lengths: int | list[int]
+    wait_s: float = 0.0
 
 
 class Commit(Message, tag=6):
@@ -205,7 +213,7 @@ class Welcome(Message, tag=102):
 
 
 class Opened(Message, tag=103):
-    handle: int
+    handles: list[int]
 
 
 class Granted(Message, tag=104):
@@ -289,8 +297,9 @@ Request = (
     Hello
     | Proof
     | OpenArena
-    | OpenNamespace
+    | OpenNamespaces
     | Reserve
+    | ReserveEach
     | Commit
     | Abort
     | Acquire

@@ -168,9 +168,9 @@ class RawConnection:
 
     def open(self, namespace: Namespace) -> int:
         """A handle of the namespace."""
-        answer = self.ask(protocol.OpenNamespace(namespace.id, namespace))
+        answer = self.ask(protocol.OpenNamespaces([namespace.id], [namespace]))
         assert isinstance(answer, protocol.Opened), answer
-        return answer.handle
+        return answer.handles[0]
 
     def close(self) -> None:
         """Without a word."""

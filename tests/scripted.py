@@ -28,9 +28,10 @@ from kvstore.node.arena import Arena
 from kvstore.node.blocks import Block, State
 from kvstore.node.directory import TierDirectory
 from kvstore.node.lease import Grant, Holder, ReadLease
-from kvstore.node.lower import Lower, Rules
+from kvstore.node.lower import Lower
 from kvstore.node.policy import LRU
 from kvstore.node.promote import Shelves
+from kvstore.node.rules import Rules
 from kvstore.node.store import Store
 from tiers.allocator import ALIGNMENT_BYTES, Allocator
 from tiers.base import Slot, TierStatistics, Transfer
@@ -631,9 +632,8 @@ class Stage:
 
     async def reserve_waiting(self, keys: Sequence[bytes], length: int, wait_s: float) -> Grant:
         """Reserve, and wait for room."""
-        lengths = [length] * len(keys)
         return await patience.reserve(
-            self.store, self.holder, self.shelves, keys, lengths, wait_s, parent=None, tokens=None
+            self.store, self.holder, lambda: self.reserve(keys, length), length * len(keys), wait_s
         )
 
     def fill(self, grant: Grant, keys: Sequence[bytes], version: int = 0) -> None:

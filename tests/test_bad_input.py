@@ -212,22 +212,22 @@ BAD_FRAMES = {
     ),
     "a_body_of_random_bytes": (
         HEADER.pack(64, 1, 0) + random.Random(1).randbytes(64),
-        "no request of protocol 1.2: ",
+        "no request of protocol 2.0: ",
     ),
-    "no_body": (HEADER.pack(0, 1, 0), "no request of protocol 1.2: "),
+    "no_body": (HEADER.pack(0, 1, 0), "no request of protocol 2.0: "),
     "an_unknown_tag": (
         HEADER.pack(2, 1, 0) + msgspec.msgpack.encode([99]),
-        "no request of protocol 1.2: Invalid value 99",
+        "no request of protocol 2.0: Invalid value 99",
     ),
-    "an_answer": (frame(1, protocol.Done()), "no request of protocol 1.2: Invalid value 112"),
-    "a_nest_of_arrays": (HEADER.pack(5000, 1, 0) + b"\x91" * 5000, "no request of protocol 1.2: "),
+    "an_answer": (frame(1, protocol.Done()), "no request of protocol 2.0: Invalid value 112"),
+    "a_nest_of_arrays": (HEADER.pack(5000, 1, 0) + b"\x91" * 5000, "no request of protocol 2.0: "),
     "a_field_of_the_wrong_type": (
         (lambda body: HEADER.pack(len(body), 1, 0) + body)(msgspec.msgpack.encode([7, "lease"])),
-        "no request of protocol 1.2: Expected `int`, got `str`",
+        "no request of protocol 2.0: Expected `int`, got `str`",
     ),
     "a_field_too_few": (
         HEADER.pack(2, 1, 0) + msgspec.msgpack.encode([7]),
-        "no request of protocol 1.2: Expected `array` of at least length 2",
+        "no request of protocol 2.0: Expected `array` of at least length 2",
     ),
     "a_second_hello": (frame(1, protocol.Hello(1, 0, b"n")), "Hello after the connection was welcomed"),
     "a_proof_nobody_asked_for": (frame(1, protocol.Proof(b"p")), "Proof after the connection was welcomed"),
@@ -240,8 +240,10 @@ BAD_FRAMES = {
         "100 bytes of payload after Commit; only Commit over TCP has any",
     ),
     "a_namespace_without_a_model": (
-        (lambda body: HEADER.pack(len(body), 1, 0) + body)(msgspec.msgpack.encode([4, b"i", {"model": ""}])),
-        "no request of protocol 1.2: namespace model is empty",
+        (lambda body: HEADER.pack(len(body), 1, 0) + body)(
+            msgspec.msgpack.encode([4, [b"i"], [{"model": ""}]])
+        ),
+        "no request of protocol 2.0: namespace model is empty",
     ),
 }
 
@@ -302,18 +304,18 @@ def test_before_hello_nothing_else_is_heard(node: Node) -> None:
 def test_another_major_version_is_refused_and_another_minor_one_is_not(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    message = r"protocol 2\.[01] asked for; this daemon speaks 1\.2: use a client of the daemon's version"
+    message = r"protocol 3\.0 asked for; this daemon speaks 2\.0: use a client of the daemon's version"
     with RawConnection(node.socket, greet=False) as raw:
-        raw.send(frame(1, protocol.Hello(2, 0, b"n")))
+        raw.send(frame(1, protocol.Hello(3, 0, b"n")))
         with pytest.raises(ProtocolError, match=message):
             raise protocol.error_of(raw.failure())
         assert raw.closed()
     with monkeypatch.context() as patch:
-        patch.setattr(protocol, "MAJOR", 2)
+        patch.setattr(protocol, "MAJOR", 3)
         with pytest.raises(ProtocolError, match=message):
             node.client()
     with RawConnection(node.socket, greet=False) as raw:
-        body = msgspec.msgpack.encode([1, 1, 9, b"n", "name", [], [], "a field of 1.9"])
+        body = msgspec.msgpack.encode([1, 2, 9, b"n", "name", [], [], "a field of 2.9"])
         raw.send(HEADER.pack(len(body), 1, 0) + body)
         assert isinstance(raw.answer(), protocol.Welcome)
 
@@ -447,17 +449,18 @@ def test_a_length_that_differs_from_the_one_here_is_refused(raw: Raw, store: Sto
 def test_namespaces_whose_ids_agree_and_fields_differ_are_told_apart(raw: Raw, node: Node) -> None:
     one, other = Namespace(model="same-id", salt="one"), Namespace(model="same-id", salt="other")
     digest = f"namespace id {one.id.hex()} is not the digest of Namespace(model='same-id', "
-    assert digest in raw.refused(protocol.OpenNamespace(one.id, other))
+    assert digest in raw.refused(protocol.OpenNamespaces([one.id], [other]))
     for wrong in (b"", b"short", bytes(16), bytes(4096)):
-        assert "is not the digest of" in raw.refused(protocol.OpenNamespace(wrong, one))
+        assert "is not the digest of" in raw.refused(protocol.OpenNamespaces([wrong], [one]))
+    assert "1 ids for 2 namespaces" in raw.refused(protocol.OpenNamespaces([one.id], [one, other]))
     handle = raw.open(one)
     collision = f"namespace id {one.id.hex()} stands for Namespace(model='same-id', "
-    text = raw.refused(protocol.OpenNamespace(one.id, other))
+    text = raw.refused(protocol.OpenNamespaces([one.id], [other]))
     assert collision in text
     assert "salt='one'" in text
     assert "salt='other'" in text
     with Raw(node) as second:
-        assert collision in second.refused(protocol.OpenNamespace(one.id, other))
+        assert collision in second.refused(protocol.OpenNamespaces([one.id], [other]))
     assert raw.open(one) == handle
 
 

@@ -344,17 +344,67 @@ def test_a_parent_is_not_evicted_before_its_child(store: StoreClient, namespace:
         assert present == sorted(present, reverse=True), "a block is here whose parent is not"
 
 
-def test_keys_in_no_order_do_not_hold_each_other(store: StoreClient, namespace: Namespace) -> None:
+def test_blocks_of_several_namespaces_are_reserved_and_committed_at_once(
+    node: Node, store: StoreClient, namespace: Namespace
+) -> None:
+    salted = replace(namespace, salt="a")
+    fill(store, namespace, [b"present"], 100)
+    with node.client() as other, other.reserve(salted, [b"busy"], 10) as writing:
+        assert writing.granted
+        items = [
+            (namespace, b"x"),
+            (salted, b"x"),
+            (salted, b"busy"),
+            (namespace, b"present"),
+            (salted, b"y"),
+        ]
+        with store.reserve_each(items, [10, 20, 10, 100, 30]) as write:
+            assert write.granted == [items[0], items[1], items[4]]
+            assert (write.present, write.busy, write.refused) == ([items[3]], [items[2]], [])
+            for (_, key), view in zip(write.granted, write.views, strict=True):
+                view[:] = pattern(key, len(view))
+            assert store.hit_each(items) == [False, False, False, True, False]
+            write.commit([items[1]])
+            with pytest.raises(LeaseError, match=r"key 78 of llama-test\[.*\] was committed before"):
+                write.commit([items[1]])
+            write.commit([items[0], items[4]])
+    assert store.get(namespace, b"x") == pattern(b"x", 10)
+    assert store.get(salted, b"x") == pattern(b"x", 20)
+    assert store.get(salted, b"y") == pattern(b"y", 30)
+
+
+def test_an_item_may_not_be_reserved_twice_at_once(store: StoreClient, namespace: Namespace) -> None:
+    with store.reserve_each([(namespace, b"k"), (replace(namespace, salt="a"), b"k")], 10) as write:
+        assert len(write.granted) == 2
+    with pytest.raises(InvalidRequest, match="key 6b occurs twice in 2 keys"):
+        store.reserve_each([(namespace, b"k"), (namespace, b"k")], 10)
+
+
+def test_items_in_no_order_do_not_hold_each_other(store: StoreClient, namespace: Namespace) -> None:
     """Of a chain nothing may leave while its tail is pinned; of these all others may."""
-    names = keys(30)
-    with store.reserve(namespace, names, MIB, chain=False) as write:
+    items = [(namespace, key) for key in keys(30)]
+    with store.reserve_each(items, MIB) as write:
         write.commit()
-    with store.acquire_each([(namespace, names[-1])]):
+    with store.acquire_each(items[-1:]):
         for batch in range(3):
             fill(store, namespace, keys(20, f"batch{batch}-"), MIB)
-        present = store.hit_each([(namespace, key) for key in names])
+        present = store.hit_each(items)
     assert present[-1]
     assert sum(present) < 10
+
+
+def test_reserving_items_waits_for_room(node: Node, namespace: Namespace) -> None:
+    with node.client() as reader, node.client() as store, node.client() as other:
+        for client, tag in ((store, "a"), (other, "b")):
+            fill(client, namespace, keys(31, tag), MIB)
+        first = reader.acquire(namespace, keys(31, "a"))
+        second = store.acquire(namespace, keys(31, "b"))
+        items = [(namespace, key) for key in keys(8, "c")]
+        assert len(other.reserve_each(items, MIB).refused) > 0
+        threading.Timer(0.2, first.release).start()
+        with other.reserve_each(items, MIB, wait_s=10) as write:
+            assert write.granted == items
+        second.release()
 
 
 def test_48_blocks_of_1_mib_and_one_of_4_fit_64_mib_in_pieces(

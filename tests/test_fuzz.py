@@ -77,11 +77,13 @@ KEYS = st.one_of(DISTINCT_KEYS.map(packed), DISTINCT_KEYS.map(packed), SOME_KEYS
 TEXTS = st.text(max_size=20)
 BYTES = st.binary(max_size=40)
 OPENINGS = st.one_of(
-    st.sampled_from(NAMESPACES).map(lambda ns: protocol.OpenNamespace(ns.id, ns)),
+    st.lists(st.sampled_from(NAMESPACES), max_size=4).map(
+        lambda many: protocol.OpenNamespaces([ns.id for ns in many], many)
+    ),
     st.builds(
-        protocol.OpenNamespace,
-        st.sampled_from([NAMESPACES[0].id, b"", bytes(16)]),
-        st.sampled_from(NAMESPACES),
+        protocol.OpenNamespaces,
+        st.lists(st.sampled_from([NAMESPACES[0].id, b"", bytes(16)]), max_size=3),
+        st.lists(st.sampled_from(NAMESPACES), max_size=3),
     ),
 )
 REQUESTS: st.SearchStrategy[Any] = st.one_of(
@@ -95,6 +97,8 @@ REQUESTS: st.SearchStrategy[Any] = st.one_of(
         WAITS,
     ),
     st.builds(protocol.Reserve, HANDLES, DISTINCT_KEYS.map(packed), st.integers(1, 70_000)),
+    st.builds(protocol.ReserveEach, st.lists(HANDLES, max_size=8), KEYS, st.one_of(LENGTHS, NUMBERS), WAITS),
+    SOME_KEYS.map(lambda names: protocol.ReserveEach([0] * len(names), packed(names), 4096)),
     st.builds(protocol.Commit, LEASES, st.one_of(st.none(), st.none(), st.lists(NUMBERS, max_size=5))),
     st.builds(protocol.Abort, LEASES),
     st.builds(protocol.Acquire, HANDLES, KEYS, WAITS),
@@ -104,7 +108,8 @@ REQUESTS: st.SearchStrategy[Any] = st.one_of(
     st.builds(protocol.HitLengthOf, HANDLES, KEYS),
     st.builds(protocol.HitEach, st.lists(HANDLES, max_size=8), KEYS),
     st.builds(protocol.Remove, HANDLES, KEYS),
-    st.builds(protocol.ListKeys, HANDLES, NUMBERS),
+    st.builds(protocol.ListKeys, HANDLES, NUMBERS, NUMBERS),
+    st.builds(protocol.ListNamespaces, BYTES),
     st.builds(protocol.OpenArena, NUMBERS, st.booleans()),
     OPENINGS,
     st.sampled_from([protocol.GetStatistics(), protocol.Check(), protocol.Proof(b"")]),

@@ -19,7 +19,7 @@ from kvstore.errors import TierError
 from kvstore.node import patience
 from kvstore.node.blocks import Block
 from kvstore.node.lease import Grant, Holder, ReadLease, WriteLease
-from kvstore.node.lower import Rules
+from kvstore.node.rules import Rules
 from kvstore.node.verification import Verification
 from tests.scripted import KINDS, MIB, Call, Disk, Stage, content, ended, quiet, virtual_time
 from tests.test_room import PHASES
@@ -242,11 +242,11 @@ class States(RuleBasedStateMachine):
             names_of(span),
         )
         keys, lengths = [key for _, key in names], [length_of(name) for name in names]
-        self.wait(
-            holder,
-            names,
-            lambda: patience.reserve(store, holder, shelves, keys, lengths, 5.0, parent=None, tokens=None),
-        )
+
+        def attempt() -> Grant:
+            return store.writers.reserve(holder, shelves, keys, lengths)
+
+        self.wait(holder, names, lambda: patience.reserve(store, holder, attempt, sum(lengths), 5.0))
 
     def granted(self, holder: Holder, grant: Grant, names: Sequence[Name]) -> None:
         """A writer was granted some of these."""

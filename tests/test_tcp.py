@@ -246,7 +246,7 @@ def test_a_wrong_token_and_none_are_refused(node: Node) -> None:
 def test_a_client_that_guesses_is_told_that_the_token_is_wrong(node: Node) -> None:
     for proof in (b"", bytes(32), os.urandom(32), bytes(1000)):
         with RawConnection(endpoint(node), greet=False) as raw:
-            assert isinstance(raw.ask(protocol.Hello(1, 0, bytes(32))), protocol.Challenge)
+            assert isinstance(raw.ask(protocol.Hello(protocol.MAJOR, 0, bytes(32))), protocol.Challenge)
             raw.send(frame(2, protocol.Proof(proof)))
             failure = raw.failure()
             assert (failure.code, failure.text) == (
@@ -258,13 +258,13 @@ def test_a_client_that_guesses_is_told_that_the_token_is_wrong(node: Node) -> No
 
 def test_a_client_that_skips_the_proof_is_not_heard(node: Node, namespace: Namespace) -> None:
     for request in (
-        protocol.OpenNamespace(namespace.id, namespace),
+        protocol.OpenNamespaces([namespace.id], [namespace]),
         protocol.GetStatistics(),
         protocol.ListKeys(0),
-        protocol.Hello(1, 0, bytes(32)),
+        protocol.Hello(protocol.MAJOR, 0, bytes(32)),
     ):
         with RawConnection(endpoint(node), greet=False) as raw:
-            assert isinstance(raw.ask(protocol.Hello(1, 0, bytes(32))), protocol.Challenge)
+            assert isinstance(raw.ask(protocol.Hello(protocol.MAJOR, 0, bytes(32))), protocol.Challenge)
             raw.send(frame(2, request))
             assert raw.failure().code == "protocol"
             assert raw.closed()
@@ -272,7 +272,7 @@ def test_a_client_that_skips_the_proof_is_not_heard(node: Node, namespace: Names
 
 def test_the_daemons_own_proof_is_not_the_clients(node: Node) -> None:
     with RawConnection(endpoint(node), greet=False) as raw:
-        challenge = raw.ask(protocol.Hello(1, 0, bytes(32)))
+        challenge = raw.ask(protocol.Hello(protocol.MAJOR, 0, bytes(32)))
         assert isinstance(challenge, protocol.Challenge)
         raw.send(frame(2, protocol.Proof(challenge.proof)))
         assert raw.failure().code == "unauthorized"
@@ -428,7 +428,7 @@ def test_those_who_stop_half_way_hold_nothing_for_ever_and_slow_nobody(
         deaf_to_many.send(many + b"".join(frame(index, protocol.Check()) for index in range(4, 2000)))
         lease = reserve(mute, namespace, Keys(b"half", 4), 4 * MIB)
         mute.send(frame(9, protocol.Commit(lease), 4 * MIB) + bytes(2 * MIB))
-        assert isinstance(stranger.ask(protocol.Hello(1, 0, bytes(32))), protocol.Challenge)
+        assert isinstance(stranger.ask(protocol.Hello(protocol.MAJOR, 0, bytes(32))), protocol.Challenge)
         started = time.monotonic()
         wait_for(lambda: store.statistics().tiers[0].pinned_blocks == 3)
         refused = store.statistics().refused_frames

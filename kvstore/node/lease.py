@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvstore.errors import InvalidRequest, LeaseError
-from kvstore.node.blocks import Block, Shelf
+from kvstore.node.blocks import Block
 from tiers.base import Slot
 
 
@@ -27,11 +28,10 @@ class WriteLease:
     lost, the blocks are aborted at once and `orphans` are the slots that its process may still write.
     """
 
-    __slots__ = ("block_bytes", "id", "open", "orphans", "present", "shelf", "tokens")
+    __slots__ = ("block_bytes", "id", "open", "orphans", "present", "tokens")
 
-    def __init__(self, lease_id: int, shelf: Shelf, tokens: bytes | None) -> None:
+    def __init__(self, lease_id: int, tokens: bytes | None) -> None:
         self.id = lease_id
-        self.shelf = shelf
         self.tokens = tokens
         self.open: list[Block | None] = []
         self.present: list[Block] = []
@@ -92,8 +92,9 @@ class Grant:
     slots: Sequence[Slot]
 
 
-def check_distinct(keys: Sequence[bytes]) -> None:
-    """Raise InvalidRequest when a key occurs twice."""
+def check_distinct(keys: Sequence[bytes] | Sequence[tuple[bytes, bytes]]) -> None:
+    """Raise InvalidRequest when a key, or a key with its namespace's id, occurs twice."""
     if len(set(keys)) != len(keys):
-        twice = next(key for index, key in enumerate(keys) if key in keys[:index])
-        raise InvalidRequest(f"key {twice.hex()} occurs twice in {len(keys)} keys; give each key once")
+        twice: Any = next(key for index, key in enumerate(keys) if key in keys[:index])
+        key = twice if isinstance(twice, bytes) else twice[1]
+        raise InvalidRequest(f"key {key.hex()} occurs twice in {len(keys)} keys; give each key once")

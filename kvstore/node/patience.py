@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvstore.node.arena import ROOM
 from kvstore.node.blocks import Block
@@ -12,28 +12,17 @@ from kvstore.node.store import Store
 
 
 async def reserve(
-    store: Store,
-    holder: Holder,
-    shelves: Shelves,
-    keys: Sequence[bytes],
-    lengths: Sequence[int],
-    wait_s: float,
-    *,
-    parent: bytes | None,
-    tokens: bytes | None,
-    chain: bool = True,
+    store: Store, holder: Holder, attempt: Callable[[], Grant], nbytes: int, wait_s: float
 ) -> Grant:
-    """Like `Writers.reserve`, but wait up to `wait_s` for room. While it waits it holds nothing.
+    """Reserve by `attempt`, `nbytes` in all; wait up to `wait_s` for room. While it waits it holds nothing.
 
     What more than the holder's limit or the arena would be needed for is not waited for. Cancelling
     reserves nothing.
     """
     deadline = time.monotonic() + wait_s
-    possible = sum(lengths) <= min(holder.reserved_bytes_max, store.arena.tier.capacity_bytes)
+    possible = nbytes <= min(holder.reserved_bytes_max, store.arena.tier.capacity_bytes)
     while True:
-        grant = store.writers.reserve(
-            holder, shelves, keys, lengths, parent=parent, tokens=tokens, chain=chain
-        )
+        grant = attempt()
         remaining = deadline - time.monotonic()
         if b"r" not in grant.status or remaining <= 0 or not possible:
             return grant

@@ -8,14 +8,15 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, Final
 
 from kvstore import packing, protocol
-from kvstore.block import Namespace
 from kvstore.errors import InvalidRequest, KVStoreError, LeaseError, ProtocolError
 from kvstore.node import listing, patience
 from kvstore.node.connection import Connection, discarding
 from kvstore.node.greeting import Greeting
+from kvstore.node.handles import Handles
 from kvstore.node.host import Host
 from kvstore.node.lease import Grant, Holder, ReadLease
 from kvstore.node.promote import Shelves
@@ -25,8 +26,6 @@ from tiers.base import Slot
 
 logger = logging.getLogger(__name__)
 
-# Salts make namespaces, so one engine may use many; this bounds what a runaway costs to some 10 MB.
-NAMESPACES_MAX: Final = 65_536
 # How long a write lease lives whose slots no client maps.
 LEASE_TTL_S: Final = 30.0
 # Waiting requests of one client; each holds a task of some KB.
@@ -46,16 +45,16 @@ class Session:
         self._earlier: list[Holder] = []  # what this client holds of connections it lost
         # Whoever may open the socket needs no token.
         self._greeting = Greeting(None if holder.maps else host.token, holder.name)
-        self._shelves: list[Shelves] = []
         self._listing = listing.Listing()
         self._verifications: dict[int, Verification] = {}  # by tier
-        self._handles: dict[Namespace, int] = {}
+        self._handles = Handles(self._store.directory)
         self._tasks: set[asyncio.Task[None]] = set()
         self._committing: tuple[int, protocol.Commit, KVStoreError | None] | None = None
         self._verbs: dict[type, Callable[[int, Any], protocol.Answer | None]] = {
-            protocol.OpenNamespace: self._open_namespace,
+            protocol.OpenNamespaces: self._open_namespaces,
             protocol.OpenArena: self._open_arena,
             protocol.Reserve: self._reserve,
+            protocol.ReserveEach: self._reserve_each,
             protocol.Commit: self._commit,
             protocol.Abort: self._abort,
             protocol.Acquire: self._acquire,
@@ -135,26 +134,8 @@ class Session:
             ),
         )
 
-    def _open_namespace(self, _: int, request: protocol.OpenNamespace) -> protocol.Answer:
-        namespace = request.namespace
-        # Compared with the namespace of that id first: two that claim one id are the graver mistake.
-        for tier in self._store.directory.tiers:
-            tier.compare(request.id, namespace)
-        if namespace.id != request.id:
-            raise InvalidRequest(
-                f"namespace id {request.id.hex()} is not the digest of {namespace!r}, which is "
-                f"{namespace.id.hex()}; use a client of the daemon's version"
-            )
-        handle = self._handles.get(namespace)
-        if handle is None:
-            if len(self._shelves) >= NAMESPACES_MAX:
-                raise InvalidRequest(
-                    f"{len(self._shelves)} namespaces on one connection; the limit is {NAMESPACES_MAX}: "
-                    "open another connection"
-                )
-            handle = self._handles[namespace] = len(self._shelves)
-            self._shelves.append(self._store.directory.shelves(namespace))
-        return protocol.Opened(handle)
+    def _open_namespaces(self, _: int, request: protocol.OpenNamespaces) -> protocol.Answer:
+        return protocol.Opened(self._handles.open(request.ids, request.namespaces))
 
     def _open_arena(self, request_id: int, request: protocol.OpenArena) -> None:
         if not self.holder.maps:
@@ -165,20 +146,29 @@ class Session:
     # Writers.
 
     def _reserve(self, request_id: int, request: protocol.Reserve) -> protocol.Answer | None:
-        shelves = self._shelves_of(request.namespace)
+        shelves = self._handles.shelves(request.namespace)
         keys = packing.unpack_keys(request.keys)
         lengths = packing.spread(request.lengths, len(keys))
-        wait_s = packing.check_wait(request.wait_s)
-        chain: dict[str, Any] = {"parent": request.parent, "tokens": request.tokens, "chain": request.chain}
-        writers = self._store.writers
-        grant = writers.reserve(self.holder, shelves, keys, lengths, **chain)
+        chain = {"parent": request.parent, "tokens": request.tokens}
+        attempt = partial(self._store.writers.reserve, self.holder, shelves, keys, lengths, **chain)
+        return self._grant(request_id, attempt, sum(lengths), packing.check_wait(request.wait_s))
+
+    def _reserve_each(self, request_id: int, request: protocol.ReserveEach) -> protocol.Answer | None:
+        items = self._handles.items(request.namespaces, request.keys)
+        lengths = packing.spread(request.lengths, len(items))
+        attempt = partial(self._store.writers.reserve_each, self.holder, items, lengths)
+        return self._grant(request_id, attempt, sum(lengths), packing.check_wait(request.wait_s))
+
+    def _grant(
+        self, request_id: int, attempt: Callable[[], Grant], nbytes: int, wait_s: float
+    ) -> protocol.Answer | None:
+        grant = attempt()
         if wait_s == 0 or b"r" not in grant.status:
             return self._granted(grant)
-        writers.undo(self.holder, grant.lease)
+        self._store.writers.undo(self.holder, grant.lease)
 
         async def wait() -> protocol.Answer:
-            waited = patience.reserve(self._store, self.holder, shelves, keys, lengths, wait_s, **chain)
-            return self._granted(await waited)
+            return self._granted(await patience.reserve(self._store, self.holder, attempt, nbytes, wait_s))
 
         self._answer_later(request_id, wait())
         return None
@@ -240,7 +230,7 @@ class Session:
     # Readers.
 
     def _acquire(self, request_id: int, request: protocol.Acquire) -> protocol.Answer | None:
-        shelves = self._shelves_of(request.namespace)
+        shelves = self._handles.shelves(request.namespace)
         keys = packing.unpack_keys(request.keys)
         wait_s = packing.check_wait(request.wait_s)
         if wait_s == 0 or not self._worth_waiting(shelves, keys):
@@ -254,7 +244,7 @@ class Session:
         return None
 
     def _acquire_each(self, request_id: int, request: protocol.AcquireEach) -> protocol.Answer | None:
-        items = self._items(request)
+        items = self._handles.items(request.namespaces, request.keys)
         wait_s = packing.check_wait(request.wait_s)
         if wait_s == 0 or all(key in shelves[0].sealed for shelves, key in items):
             lease, found = self._store.readers.acquire_each(self.holder, items)
@@ -296,16 +286,16 @@ class Session:
 
     def _hit_length(self, _: int, request: protocol.HitLengthOf) -> protocol.Answer:
         keys = packing.unpack_keys(request.keys)
-        hits = self._store.readers.hit_length(self._shelves_of(request.namespace), keys)
+        hits = self._store.readers.hit_length(self._handles.shelves(request.namespace), keys)
         return protocol.Hits(hits.gpu, hits.dram, hits.nvme, hits.remote)
 
     def _hit_each(self, _: int, request: protocol.HitEach) -> protocol.Answer:
-        lengths = self._store.readers.length_each(self._items(request))
+        lengths = self._store.readers.length_each(self._handles.items(request.namespaces, request.keys))
         return protocol.Found(bytes(map(bool, lengths)), [length for length in lengths if length])
 
     def _remove(self, request_id: int, request: protocol.Remove) -> protocol.Answer | None:
         keys = packing.unpack_keys(request.keys)
-        count, lasting = self._store.remove(self._shelves_of(request.namespace), keys)
+        count, lasting = self._store.remove(self._handles.shelves(request.namespace), keys)
         if lasting is None:
             return protocol.Count(count)
 
@@ -321,7 +311,7 @@ class Session:
         return None
 
     def _list(self, _: int, request: protocol.ListKeys) -> protocol.Answer:
-        shelves = self._shelves_of(request.namespace)
+        shelves = self._handles.shelves(request.namespace)
         limit = min(request.limit, LIST_PAGE_MAX) if request.limit > 0 else LIST_PAGE_MAX
         blocks, cursor = self._listing.page(shelves, request.after, limit)
         keys = packing.pack_keys([block.key for block in blocks]) if blocks else protocol.Keys(b"", [])
@@ -377,18 +367,6 @@ class Session:
         if missing is None:
             return False
         return missing in arena.pending or self._store.movements.below(shelves, missing)
-
-    def _shelves_of(self, handle: int) -> Shelves:
-        if not 0 <= handle < len(self._shelves):
-            raise InvalidRequest(
-                f"namespace handle {handle}; this connection has opened {len(self._shelves)}: open it first"
-            )
-        return self._shelves[handle]
-
-    def _items(self, request: protocol.AcquireEach | protocol.HitEach) -> list[tuple[Shelves, bytes]]:
-        keys = packing.unpack_keys(request.keys)
-        handles = packing.spread(request.namespaces, len(keys))
-        return [(self._shelves_of(handle), key) for handle, key in zip(handles, keys, strict=True)]
 
     def _slots(self, slots: Sequence[Slot], lengths: Sequence[int]) -> protocol.Slots:
         if not self.holder.maps:

@@ -37,11 +37,8 @@ class Writers:
         *,
         parent: bytes | None = None,
         tokens: bytes | None = None,
-        chain: bool = True,
     ) -> Grant:
-        """Reserve what is missing of these keys, as far as there is room at once; each continues the last.
-
-        Without `chain` they are in no order, and continue nothing.
+        """Reserve what is missing of a chain of keys, as far as there is room at once.
 
         What is granted is a leading run of what is missing; everything after the first key that finds no
         room is refused. The lease is the holder's until every granted key is committed or it is aborted.
@@ -49,45 +46,17 @@ class Writers:
         Raises:
             InvalidRequest: a key occurs twice, or is here with another length. Nothing was reserved.
         """
-        self._check_lengths(shelves, keys, lengths)
-        shelf = shelves[0]
-        lease = WriteLease(next(self._lease_ids), shelf, tokens)
-        status = bytearray(b"r" * len(keys))
-        slots: list[Slot] = []
-        self._arena.room.begin()
-        last = shelf.resident(parent) if chain and parent is not None else None
-        # What is present must not be evicted for what is missing.
-        kept = [last] if last is not None and last.state in _READABLE else []
-        self._directory.pin(kept)
-        refused = False
-        for index, key in enumerate(keys):
-            block = shelf.sealed.get(key)
-            if block is not None:
-                status[index] = _PRESENT
-                lease.present.append(block)
-                self._directory.pin([block])
-                kept.append(block)
-            elif (block := shelf.pending.get(key)) is not None:
-                status[index] = _BUSY
-            elif self._movements.below(shelves, key):
-                status[index] = _PRESENT
-                continue
-            elif not refused and (block := self._reserve_one(holder, shelf, key, lengths[index], last)):
-                status[index] = _GRANTED
-                lease.open.append(block)
-                lease.block_bytes += block.length
-                slots.append(block.slot)
-            else:
-                refused = True
-                continue
-            last = block if chain else None
-        self._directory.unpin(kept)
-        self._arena.settle()
-        if lease.open:
-            holder.writes[lease.id] = lease
-        self._counters.reserved_blocks += len(lease.open)
-        self._counters.refused_blocks += status.count(_REFUSED)
-        return Grant(lease, bytes(status), slots)
+        check_distinct(keys)
+        last = None if parent is None else shelves[0].resident(parent)
+        items = [(shelves, key) for key in keys]
+        return self._reserve(holder, items, lengths, last, tokens, chain=True)
+
+    def reserve_each(
+        self, holder: Holder, items: Sequence[tuple[Shelves, bytes]], lengths: Sequence[int]
+    ) -> Grant:
+        """Like `reserve`, for keys of several namespaces, which continue nothing."""
+        check_distinct([(shelves[0].namespace.id, key) for shelves, key in items])
+        return self._reserve(holder, items, lengths, None, None, chain=False)
 
     def undo(self, holder: Holder, lease: WriteLease) -> None:
         """Take a reserve back as if it had not been: nobody is told that room has appeared."""
@@ -143,13 +112,61 @@ class Writers:
 
     # Helpers, in the order of the above.
 
-    def _check_lengths(self, shelves: Shelves, keys: Sequence[bytes], lengths: Sequence[int]) -> None:
-        check_distinct(keys)
+    def _reserve(
+        self,
+        holder: Holder,
+        items: Sequence[tuple[Shelves, bytes]],
+        lengths: Sequence[int],
+        last: Block | None,
+        tokens: bytes | None,
+        *,
+        chain: bool,
+    ) -> Grant:
+        self._check_lengths(items, lengths)
+        lease = WriteLease(next(self._lease_ids), tokens)
+        status = bytearray(b"r" * len(items))
+        slots: list[Slot] = []
+        self._arena.room.begin()
+        # What is present must not be evicted for what is missing.
+        kept = [last] if last is not None and last.state in _READABLE else []
+        self._directory.pin(kept)
+        refused = False
+        for index, (shelves, key) in enumerate(items):
+            shelf = shelves[0]
+            block = shelf.sealed.get(key)
+            if block is not None:
+                status[index] = _PRESENT
+                lease.present.append(block)
+                self._directory.pin([block])
+                kept.append(block)
+            elif (block := shelf.pending.get(key)) is not None:
+                status[index] = _BUSY
+            elif self._movements.below(shelves, key):
+                status[index] = _PRESENT
+                continue
+            elif not refused and (block := self._reserve_one(holder, shelf, key, lengths[index], last)):
+                status[index] = _GRANTED
+                lease.open.append(block)
+                lease.block_bytes += block.length
+                slots.append(block.slot)
+            else:
+                refused = True
+                continue
+            last = block if chain else None
+        self._directory.unpin(kept)
+        self._arena.settle()
+        if lease.open:
+            holder.writes[lease.id] = lease
+        self._counters.reserved_blocks += len(lease.open)
+        self._counters.refused_blocks += status.count(_REFUSED)
+        return Grant(lease, bytes(status), slots)
+
+    def _check_lengths(self, items: Sequence[tuple[Shelves, bytes]], lengths: Sequence[int]) -> None:
         capacity = self._arena.tier.capacity_bytes
         for length in set(lengths):
             if not 1 <= length <= capacity:
                 raise InvalidRequest(f"nbytes is {length}; give 1 to {capacity} bytes, the arena's capacity")
-        for key, length in zip(keys, lengths, strict=True):
+        for (shelves, key), length in zip(items, lengths, strict=True):
             for shelf in shelves:
                 block = shelf.resident(key)
                 if block is None or block.length == length:
