@@ -32,7 +32,7 @@ from connectors.parameters import Parameters
 from connectors.tasks import Tasks
 from connectors.transfer import Transfer
 from kvstore.block import Namespace
-from kvstore.client import Item
+from kvstore.client import Item, StoreClient
 from kvstore.errors import KVStoreError
 from kvstore.hashing import (
     lmcache_kv_rank,
@@ -40,6 +40,7 @@ from kvstore.hashing import (
     lmcache_object_fields,
     lmcache_seed,
 )
+from kvstore.leases import EachLease
 from kvstore.protocol import KEYS_MAX
 
 logger = logging.getLogger(__name__)
@@ -156,18 +157,45 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
     def _lock_found(self, keys: Sequence[ObjectKey], items: Sequence[Item]) -> list[int]:
         """Lock what is here; the indices of it."""
         with self._daemon.asking() as store:
-            lease = store.acquire_each(items)
+            lease, pinned = self._pin(store, items)
             try:
-                pinned = {index: view for index, view in enumerate(lease.views) if view is not None}
                 others = [index for index in range(len(keys)) if index not in pinned]
                 here = store.hit_each([items[index] for index in others]) if others else ()
             except BaseException:
-                lease.end_quietly()
+                if lease is not None:
+                    lease.end_quietly()
                 raise
-        below = [index for index, found in zip(others, here, strict=True) if found]
+        unpinned = [index for index, found in zip(others, here, strict=True) if found]
         views = {keys[index]: view for index, view in pinned.items()}
-        self._locks.add(lease, views, [keys[index] for index in below])
-        return [*pinned, *below]
+        self._locks.add(lease, views, [keys[index] for index in unpinned])
+        return [*pinned, *unpinned]
+
+    def _pin(
+        self, store: StoreClient, items: Sequence[Item]
+    ) -> tuple[EachLease | None, dict[int, memoryview]]:
+        """Pin what is in the arena, up to half of what we may pin; the other half is for loads from below.
+
+        Over TCP nothing can be pinned, and its bytes would come at once.
+        """
+        if not store.shares_memory:
+            return None, {}
+        room_bytes = store.limits.pinned_bytes // 2 - self._locks.pinned_bytes
+        lease = store.acquire_each(items)
+        pinned = {index: view for index, view in enumerate(lease.views) if view is not None}
+        fitting = []
+        for index, view in pinned.items():
+            room_bytes -= len(view)
+            if room_bytes < 0:
+                break
+            fitting.append(index)
+        if len(fitting) == len(pinned):
+            return lease, pinned
+        lease.end_quietly()
+        if not fitting:
+            return None, {}
+        lease = store.acquire_each([items[index] for index in fitting])
+        views = zip(fitting, lease.views, strict=True)
+        return lease, {index: view for index, view in views if view is not None}
 
     # Loads.
 

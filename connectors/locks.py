@@ -25,16 +25,18 @@ class LockStatistics:
     locks: int
     leases: int
     expired_leases: int
+    pinned_bytes: int
 
 
 class _Hold(Generic[K]):
     """One lookup's lease. `locked` counts its keys that are locked still, `users` the loads that read it."""
 
-    __slots__ = ("lease", "locked", "since", "users", "views")
+    __slots__ = ("lease", "locked", "nbytes", "since", "users", "views")
 
     def __init__(self, lease: EachLease, views: dict[K, memoryview], since: float) -> None:
         self.lease = lease
         self.views = views
+        self.nbytes = sum(map(len, views.values()))
         self.locked = len(views)
         self.since = since
         self.users = 0
@@ -46,24 +48,28 @@ class Locks(Generic[K]):
     def __init__(self, age_max_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._age_max_s = age_max_s
         self._clock = clock
-        # A lock of a block that was in a tier below, where nothing is pinned, has no hold.
+        # A lock of a block that was not pinned, since it was in a tier below, has no hold.
         self._locks: dict[K, list[_Hold[K] | None]] = {}
         self._holds: OrderedDict[_Hold[K], None] = OrderedDict()
         self._expired = 0
+        self.pinned_bytes = 0
         self._lock = threading.Lock()
 
-    def add(self, lease: EachLease, pinned: dict[K, memoryview], below: Collection[K]) -> None:
-        """Lock what a lookup has found: `pinned` by its lease, which is ours from now on, or `below`."""
-        hold = _Hold(lease, pinned, self._clock())
+    def add(self, lease: EachLease | None, pinned: dict[K, memoryview], unpinned: Collection[K]) -> None:
+        """Lock what a lookup has found. `pinned` are by its lease, which is ours from now on."""
+        hold = None if lease is None else _Hold(lease, pinned, self._clock())
+        ended = []
         with self._lock:
             for key in pinned:
                 self._locks.setdefault(key, []).append(hold)
-            for key in below:
+            for key in unpinned:
                 self._locks.setdefault(key, []).append(None)
-            if pinned:
+            if hold is not None:
                 self._holds[hold] = None
-            old = self._old()
-        self._release([hold] if not pinned else [], old)
+                self.pinned_bytes += hold.nbytes
+                ended += self._ended(hold)
+            ended += self._old()
+        self._release(ended)
 
     def unlock(self, keys: Sequence[K]) -> None:
         """Undo one lookup's lock of each key; a key that is not locked is none's concern."""
@@ -111,20 +117,24 @@ class Locks(Generic[K]):
             holds = list(self._holds)
             self._holds.clear()
             self._locks.clear()
+            self.pinned_bytes = 0
         self._release(holds)
 
     def statistics(self) -> LockStatistics:
         """What is locked now."""
         with self._lock:
-            return LockStatistics(sum(map(len, self._locks.values())), len(self._holds), self._expired)
+            locks = sum(map(len, self._locks.values()))
+            return LockStatistics(locks, len(self._holds), self._expired, self.pinned_bytes)
 
     # Helpers; the first two under the lock.
 
     def _ended(self, hold: _Hold[K]) -> list[_Hold[K]]:
         """The hold, if this was the last that kept it."""
-        if hold.locked or hold.users:
+        if hold.locked or hold.users or hold not in self._holds:
             return []
-        return [hold] if self._holds.pop(hold, self) is None else []
+        del self._holds[hold]
+        self.pinned_bytes -= hold.nbytes
+        return [hold]
 
     def _old(self) -> list[_Hold[K]]:
         """Forget the locks of lookups that are too old; those of them that nobody reads."""
@@ -143,7 +153,6 @@ class Locks(Generic[K]):
             old += self._ended(hold)
         return old
 
-    def _release(self, *ended: list[_Hold[K]]) -> None:
-        for holds in ended:
-            for hold in holds:
-                hold.lease.end_quietly()
+    def _release(self, ended: list[_Hold[K]]) -> None:
+        for hold in ended:
+            hold.lease.end_quietly()

@@ -23,8 +23,10 @@ Parts = Sequence[memoryview]
 # What of a block (by its index in the batch) is to be copied where; None when it is not what was expected.
 Place = Callable[[int, memoryview], Pairs | None]
 
-# Blocks of tiers below are fetched in windows, so that what has come is copied while the disk reads on.
+# Blocks of tiers below are fetched in windows, so that what has come is copied while the disk reads on; all
+# windows together are a part of what this client may pin.
 _WINDOW_BYTES: Final = 32 << 20
+_WINDOWS_OF_PINNED: Final = 4
 # A window that brings nothing for so long is given up.
 _WINDOW_S: Final = 1.0
 # Between two looks at a block that somebody else is writing.
@@ -36,6 +38,7 @@ class Transfer:
 
     def __init__(self, daemon: Daemon, threads: int) -> None:
         self._daemon = daemon
+        self._threads = threads
         self._copier = Copier(threads)
         self._waiters = ThreadPoolExecutor(threads, thread_name_prefix="kvstore-wait")
         self._closed = threading.Event()
@@ -48,7 +51,7 @@ class Transfer:
 
         Raises:
             DeadlineExceeded: somebody else is still writing some of them.
-            InvalidRequest: a block is longer than the daemon's memory.
+            InvalidRequest: they are more than the daemon lets one client reserve.
             TierError: there is no room for all of them.
             Unavailable: the daemon is away, or has gone.
         """
@@ -56,6 +59,7 @@ class Transfer:
         copied = 0
         while wanted:
             with self._daemon.asking() as store:
+                _check_room(store, wanted)
                 busy, nbytes = self._publish(store, wanted, deadline)
             copied += nbytes
             wanted = {item: wanted[item] for item in busy}
@@ -76,23 +80,26 @@ class Transfer:
         """
         held = pinned or {}
         loaded = [False] * len(items)
-        pairs: list[tuple[memoryview, memoryview]] = []
-        for index, block in held.items():
-            placed = place(index, block)
-            if placed is not None:
-                pairs += placed
-                loaded[index] = True
-        self._copier.copy(pairs)
-        missing = [index for index in range(len(items)) if index not in held]
 
         def fetch(window: Sequence[int]) -> None:
             for index in self._fetch(items, window, place, deadline):
                 loaded[index] = True
 
-        if len(missing) == 1:
+        missing = [index for index in range(len(items)) if index not in held]
+        if len(missing) == 1 and not held:
             fetch(missing)
-        elif missing:
-            list(self._waiters.map(fetch, self._windows(items, missing)))
+            return loaded
+        arrivals = self._waiters.map(fetch, self._windows(items, missing))
+        try:
+            pairs: list[tuple[memoryview, memoryview]] = []
+            for index, block in held.items():
+                placed = place(index, block)
+                if placed is not None:
+                    pairs += placed
+                    loaded[index] = True
+            self._copier.copy(pairs)
+        finally:
+            list(arrivals)  # whatever happens, nobody writes into the caller's buffers after this
         return loaded
 
     def stop(self) -> None:
@@ -119,10 +126,9 @@ class Transfer:
                 part = items[start : start + KEYS_MAX]
                 write = leases.enter_context(self._reserve(store, part, wanted, deadline))
                 if write.refused:
-                    total = sum(map(_length, wanted.values()))
                     raise TierError(
-                        f"no room for {len(write.refused)} of {len(wanted)} blocks, {total} bytes in all: "
-                        "too much is pinned or not yet on disk, or they are more than one client may reserve"
+                        f"no room in time for {len(write.refused)} of {len(wanted)} blocks: too much is "
+                        "pinned, reserved or not yet on disk; give the daemon more memory or a faster disk"
                     )
                 for item, view in zip(write.granted, write.views, strict=True):
                     pairs += _laid_out(view, wanted[item])
@@ -171,17 +177,21 @@ class Transfer:
                 return
             missing = [index for index, block in views.items() if block is None]
             if len(missing) == len(window):
-                return
+                if not lease.limited:
+                    return
+                self._closed.wait(_LOOK_S)  # until others of ours have pinned less
             window = missing
 
     def _windows(self, items: Sequence[Item], missing: Sequence[int]) -> list[list[int]]:
         """The missing blocks that are here at all, in windows of some bytes."""
         windows: list[list[int]] = []
-        room_bytes = 0
+        window_bytes = room_bytes = 0
         for start in range(0, len(missing), KEYS_MAX):
             part = missing[start : start + KEYS_MAX]
             try:
                 with self._daemon.asking() as store:
+                    share = store.limits.pinned_bytes // _WINDOWS_OF_PINNED // self._threads
+                    window_bytes = min(_WINDOW_BYTES, share)
                     lengths = store.length_each([items[index] for index in part])
             except KVStoreError:
                 break
@@ -190,7 +200,7 @@ class Transfer:
                     continue
                 if length > room_bytes:
                     windows.append([])
-                    room_bytes = max(_WINDOW_BYTES, length)
+                    room_bytes = max(window_bytes, length)
                 windows[-1].append(index)
                 room_bytes -= length
         return windows
@@ -206,6 +216,15 @@ def _laid_out(block: memoryview, parts: Parts) -> Iterator[tuple[memoryview, mem
     for part in parts:
         yield block[start : start + len(part)], part
         start += len(part)
+
+
+def _check_room(store: StoreClient, wanted: Mapping[Item, Parts]) -> None:
+    nbytes, limit = sum(map(_length, wanted.values())), store.limits.reserved_bytes
+    if nbytes > limit:
+        raise InvalidRequest(
+            f"{len(wanted)} blocks of {nbytes} bytes in one batch, and the daemon lets one client reserve "
+            f"{limit}: give it more memory, or a larger client_reserved_fraction"
+        )
 
 
 def _left_s(deadline: float) -> float:

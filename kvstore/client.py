@@ -33,6 +33,13 @@ class KeyPage(NamedTuple):
     cursor: int | None
 
 
+class Limits(NamedTuple):
+    """How many bytes a client may have pinned, and reserved."""
+
+    pinned_bytes: int
+    reserved_bytes: int
+
+
 class NamespaceUse(NamedTuple):
     """What a namespace has, summed over all tiers: a block in two of them counts in both."""
 
@@ -75,6 +82,17 @@ class StoreClient:
     def close(self) -> None:
         """End all leases and the connection."""
         self._keeper.close()
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether views are the daemon's own memory, and not copies; raises Unavailable while it is away."""
+        return self._connected().shares_memory
+
+    @property
+    def limits(self) -> Limits:
+        """What the daemon allows this client at once; raises Unavailable while it is away."""
+        welcome = self._connected().welcome
+        return Limits(welcome.pinned_bytes_max, welcome.reserved_bytes_max)
 
     # Leases.
 

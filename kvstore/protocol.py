@@ -200,7 +200,8 @@ class Challenge(Message, tag=101):
 class Welcome(Message, tag=102):
     """The connection stands. `session` is a secret, to be given as `Hello.resume` after a loss.
 
-    `arena_bytes` has the size of each arena; it is empty where no memory is shared.
+    `arena_bytes` has the size of each arena; it is empty where no memory is shared. A client may pin and
+    reserve so many bytes at once.
     """
 
     major: int
@@ -209,6 +210,8 @@ class Welcome(Message, tag=102):
     epoch: int
     session: bytes
     arena_bytes: list[int]
+    pinned_bytes_max: int
+    reserved_bytes_max: int
     keys_max: int = KEYS_MAX
 
 

@@ -130,7 +130,14 @@ class Session:
         self._answer(
             request_id,
             protocol.Welcome(
-                protocol.MAJOR, protocol.MINOR, self._host.node, self._host.epoch, self.id, arena_bytes
+                protocol.MAJOR,
+                protocol.MINOR,
+                self._host.node,
+                self._host.epoch,
+                self.id,
+                arena_bytes,
+                self.holder.pinned_bytes_max,
+                self.holder.reserved_bytes_max,
             ),
         )
 
