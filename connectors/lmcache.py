@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 from lmcache.lmcache_native import Bitmap
@@ -31,7 +32,7 @@ from connectors.namespaces import Namespaces
 from connectors.parameters import Parameters
 from connectors.tasks import Tasks
 from connectors.transfer import Transfer
-from kvstore.block import Namespace
+from kvstore.block import NAMESPACE_ID_BYTES, Namespace
 from kvstore.client import Item, StoreClient
 from kvstore.errors import KVStoreError
 from kvstore.hashing import (
@@ -79,7 +80,13 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
 
         def ours(there: Namespace) -> bool:
             fields = there.block_tokens, there.dtype, there.layout, there.scheme
-            return fields == (like.block_tokens, like.dtype, like.layout, like.scheme)
+            if fields != (like.block_tokens, like.dtype, like.layout, like.scheme):
+                return False
+            try:
+                ObjectKey(b"any", *lmcache_object_fields(there))
+            except ValueError:  # it only looks like one of LMCache's
+                return False
+            return True
 
         self._scheme = like.scheme
         self._daemon = Daemon(parameters.address, timeout_s=parameters.silence_s, token=parameters.secret)
@@ -93,6 +100,8 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         self._counting = threading.Lock()
         self._usage = AdapterUsage(0, 0)
         self._closed = False
+        self._closing = threading.Event()
+        threading.Thread(target=self._expire_locks, name="kvstore-locks", daemon=True).start()
 
     def get_store_event_fd(self) -> int:
         """See LMCache's L2AdapterInterface, as for all methods here."""
@@ -242,6 +251,7 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
                 lengths = store.length_each(part)
                 for namespace, names in by_namespace.items():
                     store.remove(namespace, names)
+            self._locks.hide(keys[start : start + KEYS_MAX])
             gone = [index for index, length in enumerate(lengths) if length]
             self._notify_keys_deleted(
                 [keys[start + index] for index in gone], [lengths[index] for index in gone]
@@ -259,14 +269,15 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
                 namespace = use.namespace
                 if namespace.id < first or model_name not in (None, namespace.model):
                     continue
+                fields = lmcache_object_fields(namespace)
                 place: int | None = after if namespace.id == first else 0
                 while place is not None:
                     if len(entries) == page_size:
                         return KeyListPage(tuple(entries), f"{namespace.id.hex()}:{place}")
-                    page = store.list(namespace, place, limit=page_size - len(entries))
+                    page = store.list(namespace, place, limit=min(page_size - len(entries), KEYS_MAX))
                     place = page.cursor
                     for key, length in zip(page.keys, page.lengths, strict=True):
-                        name = ObjectKey(key, *lmcache_object_fields(namespace))
+                        name = ObjectKey(key, *fields)
                         entries.append(KeyEntry(name.to_encoded_object_key(), length))
         return KeyListPage(tuple(entries), None)
 
@@ -281,7 +292,7 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
                     by_salt[salt] = by_salt.get(salt, 0) + use.block_bytes
         except KVStoreError:
             return self._usage
-        self._usage = AdapterUsage(sum(by_salt.values()), capacity_bytes, by_salt)
+        self._usage = AdapterUsage(sum(by_salt.values()), capacity_bytes, MappingProxyType(by_salt))
         return self._usage
 
     def report_status(self) -> dict[str, Any]:
@@ -301,6 +312,7 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         if self._closed:
             return
         self._closed = True
+        self._closing.set()
         self._transfer.stop()
         for tasks in (self._stores, self._lookups, self._loads):
             tasks.close()
@@ -326,6 +338,11 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         with self._counting:
             self._counters.update(added)
 
+    def _expire_locks(self) -> None:
+        """The thread that ends forgotten locks though nothing more is asked."""
+        while not self._closing.wait(self._parameters.lock_age_max_s / 4):
+            self._locks.expire()
+
     def _deadline(self, timeout_s: float) -> float:
         """Until when to begin calls: the last may stay unanswered."""
         return time.monotonic() + timeout_s - self._parameters.silence_s
@@ -343,7 +360,10 @@ def _parse_cursor(cursor: str | None) -> tuple[bytes, int]:
     if cursor is None:
         return b"", 0
     try:
-        name, place = cursor.split(":")
-        return bytes.fromhex(name), int(place)
+        name, text = cursor.split(":")
+        namespace_id, place = bytes.fromhex(name), int(text)
     except ValueError:
-        raise ValueError(f"cursor {cursor!r} is none that list_l2_keys has returned") from None
+        namespace_id, place = b"", -1
+    if len(namespace_id) != NAMESPACE_ID_BYTES or not 0 <= place < 1 << 63:
+        raise ValueError(f"cursor {cursor!r} is none that list_l2_keys has returned")
+    return namespace_id, place

@@ -20,7 +20,7 @@ K = TypeVar("K")
 
 @dataclass(frozen=True, slots=True)
 class LockStatistics:
-    """What is locked now, and how many lookups were forgotten by those who made them."""
+    """What is locked now, and how many leases were forgotten by those who made them."""
 
     locks: int
     leases: int
@@ -29,15 +29,18 @@ class LockStatistics:
 
 
 class _Hold(Generic[K]):
-    """One lookup's lease. `locked` counts its keys that are locked still, `users` the loads that read it."""
+    """One lookup. `locked` counts its keys that are locked still, `users` the loads that read its lease."""
 
-    __slots__ = ("lease", "locked", "nbytes", "since", "users", "views")
+    __slots__ = ("keys", "lease", "locked", "nbytes", "since", "users", "views")
 
-    def __init__(self, lease: EachLease, views: dict[K, memoryview], since: float) -> None:
+    def __init__(
+        self, lease: EachLease | None, views: dict[K, memoryview], keys: set[K], since: float
+    ) -> None:
         self.lease = lease
         self.views = views
+        self.keys = keys
         self.nbytes = sum(map(len, views.values()))
-        self.locked = len(views)
+        self.locked = len(keys)
         self.since = since
         self.users = 0
 
@@ -48,8 +51,7 @@ class Locks(Generic[K]):
     def __init__(self, age_max_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._age_max_s = age_max_s
         self._clock = clock
-        # A lock of a block that was not pinned, since it was in a tier below, has no hold.
-        self._locks: dict[K, list[_Hold[K] | None]] = {}
+        self._key_to_holds: dict[K, list[_Hold[K]]] = {}
         self._holds: OrderedDict[_Hold[K], None] = OrderedDict()
         self._expired = 0
         self.pinned_bytes = 0
@@ -57,18 +59,16 @@ class Locks(Generic[K]):
 
     def add(self, lease: EachLease | None, pinned: dict[K, memoryview], unpinned: Collection[K]) -> None:
         """Lock what a lookup has found. `pinned` are by its lease, which is ours from now on."""
-        hold = None if lease is None else _Hold(lease, pinned, self._clock())
-        ended = []
+        if lease is not None and not pinned:
+            lease.end_quietly()
+            lease = None
+        hold = _Hold(lease, pinned, {*pinned, *unpinned}, self._clock())
         with self._lock:
-            for key in pinned:
-                self._locks.setdefault(key, []).append(hold)
-            for key in unpinned:
-                self._locks.setdefault(key, []).append(None)
-            if hold is not None:
-                self._holds[hold] = None
-                self.pinned_bytes += hold.nbytes
-                ended += self._ended(hold)
-            ended += self._old()
+            for key in hold.keys:
+                self._key_to_holds.setdefault(key, []).append(hold)
+            self._holds[hold] = None
+            self.pinned_bytes += hold.nbytes
+            ended = [*self._ended(hold), *self._old()]
         self._release(ended)
 
     def unlock(self, keys: Sequence[K]) -> None:
@@ -76,29 +76,38 @@ class Locks(Generic[K]):
         ended = []
         with self._lock:
             for key in keys:
-                locks = self._locks.get(key)
-                if not locks:
-                    continue
-                hold = locks.pop(locks.index(None) if None in locks else 0)
-                if not locks:
-                    del self._locks[key]
-                if hold is not None:
-                    hold.locked -= 1
-                    ended += self._ended(hold)
+                holds = self._key_to_holds.get(key)
+                if holds:
+                    ended += self._undo(key, next((h for h in holds if key not in h.views), holds[0]))
         self._release(ended)
+
+    def expire(self) -> None:
+        """End the locks that are too old."""
+        with self._lock:
+            ended = self._old()
+        self._release(ended)
+
+    def hide(self, keys: Sequence[K]) -> None:
+        """What is locked of these keys is not theirs any more: it stays pinned, and is not read."""
+        with self._lock:
+            for key in keys:
+                for hold in self._key_to_holds.get(key, ()):
+                    hold.views.pop(key, None)
 
     @contextmanager
     def reading(self, keys: Collection[K]) -> Iterator[dict[K, memoryview]]:
         """The bytes of those keys that a lookup has pinned. They stay pinned until the block is left."""
         views: dict[K, memoryview] = {}
-        holds: dict[_Hold[K], bool] = {}  # and whether its connection stands, which is asked once
+        valid: dict[_Hold[K], bool] = {}  # whether its connection stands, which is asked once
         with self._lock:
             for key in keys:
-                for hold in filter(None, self._locks.get(key, ())):
-                    if hold not in holds:
-                        holds[hold] = hold.lease.valid
-                        hold.users += 1
-                    if holds[hold]:
+                for hold in reversed(self._key_to_holds.get(key, ())):
+                    if key not in hold.views:
+                        continue
+                    if hold not in valid:
+                        valid[hold] = hold.lease is not None and hold.lease.valid
+                        hold.users += valid[hold]
+                    if valid[hold]:
                         views[key] = hold.views[key]
                         break
         try:
@@ -106,7 +115,7 @@ class Locks(Generic[K]):
         finally:
             ended = []
             with self._lock:
-                for hold in holds:
+                for hold in filter(valid.get, valid):
                     hold.users -= 1
                     ended += self._ended(hold)
             self._release(ended)
@@ -116,20 +125,30 @@ class Locks(Generic[K]):
         with self._lock:
             holds = list(self._holds)
             self._holds.clear()
-            self._locks.clear()
+            self._key_to_holds.clear()
             self.pinned_bytes = 0
         self._release(holds)
 
     def statistics(self) -> LockStatistics:
         """What is locked now."""
         with self._lock:
-            locks = sum(map(len, self._locks.values()))
-            return LockStatistics(locks, len(self._holds), self._expired, self.pinned_bytes)
+            locks = sum(map(len, self._key_to_holds.values()))
+            leases = sum(hold.lease is not None for hold in self._holds)
+            return LockStatistics(locks, leases, self._expired, self.pinned_bytes)
 
-    # Helpers; the first two under the lock.
+    # Helpers; all but the last under the lock.
+
+    def _undo(self, key: K, hold: _Hold[K]) -> list[_Hold[K]]:
+        """Undo one lock; the hold, if that was the last that kept it."""
+        holds = self._key_to_holds[key]
+        holds.remove(hold)
+        if not holds:
+            del self._key_to_holds[key]
+        hold.locked -= 1
+        return self._ended(hold)
 
     def _ended(self, hold: _Hold[K]) -> list[_Hold[K]]:
-        """The hold, if this was the last that kept it."""
+        """The hold, if nobody keeps it any more."""
         if hold.locked or hold.users or hold not in self._holds:
             return []
         del self._holds[hold]
@@ -137,22 +156,18 @@ class Locks(Generic[K]):
         return [hold]
 
     def _old(self) -> list[_Hold[K]]:
-        """Forget the locks of lookups that are too old; those of them that nobody reads."""
-        old = []
+        """Undo the locks of lookups that are too old; those that nobody reads."""
+        old: list[_Hold[K]] = []
         for hold in list(self._holds):
             if self._clock() - hold.since <= self._age_max_s:
                 break
-            for key in hold.views:
-                locks = self._locks.get(key, [])
-                if hold in locks:
-                    locks.remove(hold)
-                    if not locks:
-                        del self._locks[key]
-            hold.locked = 0
-            self._expired += 1
-            old += self._ended(hold)
+            self._expired += hold.locked > 0 and hold.lease is not None
+            for key in hold.keys:
+                if hold in self._key_to_holds.get(key, ()):
+                    old += self._undo(key, hold)
         return old
 
     def _release(self, ended: list[_Hold[K]]) -> None:
         for hold in ended:
-            hold.lease.end_quietly()
+            if hold.lease is not None:
+                hold.lease.end_quietly()

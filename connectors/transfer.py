@@ -78,25 +78,24 @@ class Transfer:
 
         `pinned` are the bytes of those that the caller holds, by index.
         """
-        held = pinned or {}
         loaded = [False] * len(items)
+        pairs: list[tuple[memoryview, memoryview]] = []
+        for index, block in (pinned or {}).items():
+            placed = place(index, block)
+            if placed is not None:
+                pairs += placed
+                loaded[index] = True
+        missing = [index for index, is_placed in enumerate(loaded) if not is_placed]
 
         def fetch(window: Sequence[int]) -> None:
             for index in self._fetch(items, window, place, deadline):
                 loaded[index] = True
 
-        missing = [index for index in range(len(items)) if index not in held]
-        if len(missing) == 1 and not held:
+        if len(missing) == len(items) == 1:
             fetch(missing)
             return loaded
         arrivals = self._waiters.map(fetch, self._windows(items, missing))
         try:
-            pairs: list[tuple[memoryview, memoryview]] = []
-            for index, block in held.items():
-                placed = place(index, block)
-                if placed is not None:
-                    pairs += placed
-                    loaded[index] = True
             self._copier.copy(pairs)
         finally:
             list(arrivals)  # whatever happens, nobody writes into the caller's buffers after this
@@ -198,7 +197,7 @@ class Transfer:
             for index, length in zip(part, lengths, strict=True):
                 if not length:
                     continue
-                if length > room_bytes:
+                if length > room_bytes or len(windows[-1]) == KEYS_MAX:
                     windows.append([])
                     room_bytes = max(window_bytes, length)
                 windows[-1].append(index)
