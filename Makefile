@@ -1,10 +1,12 @@
-# Every target sets up what it needs, into .venv; nothing else is touched. PYTHON is any Python >= 3.11.
+# Every target sets up what it needs, into .venv (and the engines, for test-engines, into .venv-engines); nothing
+# else is touched. PYTHON is any Python >= 3.11.
 PYTHON ?= python3.11
 VENV := .venv
+ENGINES := .venv-engines
 BIN := $(VENV)/bin
 SHELL := /bin/bash
 
-.PHONY: run test demo bench lint clean
+.PHONY: run test test-engines demo bench lint clean
 
 run: $(VENV)/.daemon
 	@echo "Try it from another terminal:"
@@ -16,6 +18,9 @@ run: $(VENV)/.daemon
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+test-engines: $(VENV)/.test $(ENGINES)/.engines
+	$(BIN)/python -m pytest tests/engines
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.demo
@@ -29,11 +34,19 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(ENGINES)
 
 # One stamp for each extra that is installed; `test` holds all others.
 $(VENV)/.%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed"'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@
+
+# vLLM and LMCache's connector in it, without the daemon: an engine's environment as in production.
+$(ENGINES)/.engines: pyproject.toml $(wildcard tests/engines/requirements*.txt)
+	test -x $(ENGINES)/bin/python || $(PYTHON) -m venv $(ENGINES) || python3 -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/engines/requirements.txt
+	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		-r tests/engines/requirements-no-deps.txt --editable .
 	touch $@

@@ -53,6 +53,9 @@ class Daemon:
     @property
     def away(self) -> str | None:
         """Why the daemon cannot be asked now; None while it can."""
+        client = self._client
+        if self._away is None and client is not None and (why := client.lost) is not None:
+            self._lost(Unavailable(why))
         return self._away
 
     @contextmanager

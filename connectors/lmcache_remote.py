@@ -12,6 +12,7 @@ daemon is away: then nothing is there, and what is put is dropped.
 """
 
 import asyncio
+import math
 import struct
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from typing import Any, Final, TypeVar
 
 from lmcache.utils import TORCH_DTYPE_TO_STR_DTYPE, CacheEngineKey
 from lmcache.v1.config import LMCacheEngineConfig
-from lmcache.v1.memory_management import MemoryObj
+from lmcache.v1.memory_management import MemoryFormat, MemoryObj
 from lmcache.v1.protocol import RemoteMetadata
 from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
@@ -96,6 +97,7 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
         self._namespaces = Namespaces(self._daemon, make, ours)
         self._transfer = Transfer(self._daemon, parameters.threads)
         self._threads = ThreadPoolExecutor(parameters.threads, thread_name_prefix="kvstore-remote")
+        self._closed = False
 
     # Questions.
 
@@ -104,7 +106,7 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
         return self.batched_contains([key]) == 1
 
     async def exists(self, key: CacheEngineKey) -> bool:
-        return await self._in_thread(lambda: self.exists_sync(key))
+        return await self._in_thread(lambda: self.exists_sync(key), False)
 
     def support_batched_contains(self) -> bool:
         return True
@@ -128,7 +130,7 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
     async def batched_async_contains(
         self, lookup_id: str, keys: list[CacheEngineKey], pin: bool = False
     ) -> int:
-        return await self._in_thread(lambda: self.batched_contains(keys))
+        return await self._in_thread(lambda: self.batched_contains(keys), 0)
 
     # Puts.
 
@@ -140,6 +142,8 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
 
     async def batched_put(self, keys: list[CacheEngineKey], memory_objs: list[MemoryObj]) -> None:
         """Store all of these chunks, or none."""
+        if self._closed:
+            return
         for each in memory_objs:
             each.ref_count_up()  # ours: LMCache drops its own when it gives up waiting
 
@@ -176,7 +180,8 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
         return True
 
     async def batched_get(self, keys: list[CacheEngineKey]) -> list[MemoryObj | None]:
-        return await self._in_thread(lambda: self._get(keys), _give_up)
+        nothing: list[MemoryObj | None] = [None] * len(keys)
+        return await self._in_thread(lambda: self._get(keys), nothing, _give_up)
 
     async def batched_get_non_blocking(self, lookup_id: str, keys: list[CacheEngineKey]) -> list[MemoryObj]:
         """The leading chunks, up to the first that is missing."""
@@ -209,19 +214,20 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
     def _allocate(self, block: memoryview) -> tuple[MemoryObj | None, memoryview]:
         """LMCache's memory for a block's data, of its length; None when there is none, or it is no chunk."""
         if not self.save_chunk_meta:
-            chunk = self._memory.allocate(self.meta_shapes, self.meta_dtypes, self.meta_fmt)
+            chunk = self._room(self.meta_shapes, self.meta_dtypes, self.meta_fmt)
             return (None if chunk is None else self._shortened(chunk, len(block))), block
-        head = block[: self.remote_metadata_bytes]
         data = block[self.remote_metadata_bytes :]
         try:
-            about = RemoteMetadata.deserialize(bytes(head))
+            about = RemoteMetadata.deserialize(bytes(block[: self.remote_metadata_bytes]))
         except (struct.error, KeyError, ValueError):
             return None, data
-        chunk = self._memory.allocate(about.shapes, about.dtypes, about.fmt)
-        if chunk is not None and len(bytes_of(chunk.byte_array)) != len(data):
-            chunk.ref_count_down()
-            chunk = None
-        return chunk, data
+        if _described_bytes(about) != len(data):
+            return None, data
+        return self._room(about.shapes, about.dtypes, about.fmt), data
+
+    def _room(self, shapes: list[Any], dtypes: list[Any], fmt: Any) -> MemoryObj | None:
+        """LMCache's memory, as far as it has some now: it would wait for more without end."""
+        return self._memory.allocate(shapes, dtypes, fmt, busy_loop=False)
 
     def _shortened(self, chunk: MemoryObj, nbytes: int) -> MemoryObj | None:
         try:
@@ -246,7 +252,7 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
                 return 1
             return 0
 
-        return await self._in_thread(ask)
+        return await self._in_thread(ask, 1)
 
     def remove_sync(self, key: CacheEngineKey) -> bool:
         try:
@@ -258,8 +264,10 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
             return False
 
     async def close(self) -> None:
-        """End once the calls under way have: until then they use LMCache's memory."""
-        await asyncio.to_thread(self._close)
+        """End once the calls under way have: until then they use LMCache's memory. Then nothing is there."""
+        if not self._closed:
+            self._closed = True
+            await asyncio.to_thread(self._close)
 
     def _close(self) -> None:
         self._transfer.stop()
@@ -269,8 +277,12 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
 
     # Helpers.
 
-    async def _in_thread(self, work: Callable[[], R], abandon: Callable[[R], None] = lambda _: None) -> R:
-        """What `work` returns; given to `abandon` when nobody waits for it any more."""
+    async def _in_thread(
+        self, work: Callable[[], R], nothing: R, abandon: Callable[[R], None] = lambda _: None
+    ) -> R:
+        """What `work` returns, given to `abandon` when nobody waits any more; `nothing` once closed."""
+        if self._closed:
+            return nothing
         future = self._threads.submit(work)
         try:
             return await asyncio.shield(asyncio.wrap_future(future))
@@ -316,7 +328,19 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
 
     async def list(self) -> list[str]:
         """The names of all chunks of this configuration, of all models and workers."""
-        return await self._in_thread(self._names)
+        return await self._in_thread(self._names, [])
+
+
+def _described_bytes(about: RemoteMetadata) -> int:
+    """How long a chunk of this description is; -1 if it describes none."""
+    if about.fmt in (MemoryFormat.BINARY, MemoryFormat.BINARY_BUFFER):
+        return int(about.shapes[0][0])
+    nbytes = 0
+    for shape, dtype in zip(about.shapes, about.dtypes, strict=True):
+        if dtype is None or min(shape) <= 0:
+            return -1
+        nbytes += math.prod(shape) * dtype.itemsize
+    return nbytes
 
 
 def _give_up(chunks: Sequence[MemoryObj | None]) -> None:

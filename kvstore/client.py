@@ -15,7 +15,7 @@ import numpy as np
 
 from kvstore import packing, protocol
 from kvstore.block import HitLength, Namespace
-from kvstore.errors import DeadlineExceeded, InvalidRequest
+from kvstore.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from kvstore.keeper import Keeper
 from kvstore.leases import EachLease, ReadLease, WriteLease, map_views, split_payload
 from kvstore.link import Link
@@ -82,6 +82,15 @@ class StoreClient:
     def close(self) -> None:
         """End all leases and the connection."""
         self._keeper.close()
+
+    @property
+    def lost(self) -> str | None:
+        """Why the connection is no more, also if no call has noticed yet; None while it stands."""
+        try:
+            channel = self._connected().channel
+        except Unavailable as error:
+            return str(error)
+        return "the daemon has closed the connection" if channel.lost() else None
 
     @property
     def shares_memory(self) -> bool:

@@ -54,11 +54,15 @@ class Node:
         self.process = subprocess.Popen(
             self._command, stdout=subprocess.PIPE, stderr=self._log, env=self._environ, text=True
         )
-        assert self.process.stdout is not None
-        self.ready_line = self.process.stdout.readline()
-        assert "kvstore ready" in self.ready_line, self.log
-        with self.client() as store:
-            wait_for(lambda: (tier := store.statistics().tiers[0]).ready_bytes == tier.capacity_bytes)
+        try:
+            assert self.process.stdout is not None
+            self.ready_line = self.process.stdout.readline()
+            assert "kvstore ready" in self.ready_line, self.log
+            with self.client() as store:
+                wait_for(lambda: (tier := store.statistics().tiers[0]).ready_bytes == tier.capacity_bytes)
+        except BaseException:
+            self.kill()
+            raise
 
     @property
     def pid(self) -> int:
