@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+from tests import readme
 from tests.engines.engine import Answer
 from tests.node import wait_for
 
@@ -154,18 +155,18 @@ class CacheServer(Program):
 
     def __init__(self, folder: Path, adapter: dict[str, Any]) -> None:
         port, self._http_port, prometheus_port = _free_ports(3)
-        self.transfer = {
-            "kv_connector": "LMCacheMPConnector",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {"lmcache.mp.host": f"tcp://{_HOST}", "lmcache.mp.port": port},
-        }
-        command = [str(Path(sys.executable).with_name("lmcache")), "server"]
-        command += ["--host", _HOST, "--port", str(port)]
-        command += ["--http-host", _HOST, "--http-port", str(self._http_port)]
-        command += ["--prometheus-port", str(prometheus_port), "--shm-name", f"kvstore-test-{port}"]
-        command += ["--l1-size-gb", "1", "--eviction-policy", "LRU", "--chunk-size", str(CHUNK_TOKENS)]
-        command += ["--supported-transfer-mode", "auto", "--l2-adapter", json.dumps(adapter)]
-        super().__init__(command, folder / "lmcache.log", _LMCACHE_ENVIRON)
+        self.transfer = json.loads(readme.command("vllm serve")[-1])
+        self.transfer["kv_connector_extra_config"]["lmcache.mp.port"] = port
+        words = readme.replaced(
+            readme.command("lmcache server"),
+            port=port,
+            http_port=self._http_port,
+            prometheus_port=prometheus_port,
+            shm_name=f"kvstore-test-{port}",
+            l2_adapter=json.dumps(adapter),
+        )
+        words[0] = str(Path(sys.executable).with_name(words[0]))
+        super().__init__(words, folder / "lmcache.log", _LMCACHE_ENVIRON)
         try:
             wait_for(self._healthy, _READY_WITHIN_S)
         except BaseException:

@@ -4,6 +4,7 @@ vLLM's own count of cached tokens says what it was promised. So tests compare to
 that knows no store, and ask the daemon what it has served; one shows that wrong bytes give other tokens.
 """
 
+import json
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ import pytest
 
 from kvstore.hashing import lmcache_chunk_hashes, lmcache_namespace
 from kvstore.statistics import NodeStatistics, TierState
+from tests import readme
 from tests.engines.checkpoint import TOKEN_BYTES, VOCABULARY, write_checkpoint
 from tests.engines.engine import NEW_TOKENS, Answer
 from tests.engines.processes import CHUNK_TOKENS, CacheServer, Engine
@@ -43,12 +45,9 @@ pytestmark = pytest.mark.timeout(300)
 
 def adapter(address: str) -> dict[str, Any]:
     """What LMCache's server is told of the daemon."""
-    return {
-        "type": "plugin",
-        "module_path": "connectors.lmcache",
-        "class_name": "KVStoreL2Adapter",
-        "adapter_params": {"address": address, **BYTES_ARE, "timeout_s": TIMEOUT_S},
-    }
+    spec = dict(json.loads(readme.command("lmcache server")[-1]))
+    spec["adapter_params"] |= {"address": address, **BYTES_ARE, "timeout_s": TIMEOUT_S}
+    return spec
 
 
 @pytest.fixture(scope="module")
