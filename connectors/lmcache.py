@@ -35,12 +35,7 @@ from connectors.transfer import Transfer
 from kvstore.block import NAMESPACE_ID_BYTES, Namespace
 from kvstore.client import Item, StoreClient
 from kvstore.errors import KVStoreError
-from kvstore.hashing import (
-    lmcache_kv_rank,
-    lmcache_namespace,
-    lmcache_object_fields,
-    lmcache_seed,
-)
+from kvstore.hashing import lmcache_kv_rank, lmcache_namespace, lmcache_object_fields, lmcache_seed
 from kvstore.leases import EachLease
 from kvstore.protocol import KEYS_MAX
 
@@ -99,8 +94,7 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         self._counters = Counter(dict.fromkeys(_COUNTED, 0))
         self._counting = threading.Lock()
         self._usage = AdapterUsage(0, 0)
-        self._closed = False
-        self._closing = threading.Event()
+        self._closed = threading.Event()
         threading.Thread(target=self._expire_locks, name="kvstore-locks", daemon=True).start()
 
     def get_store_event_fd(self) -> int:
@@ -298,7 +292,7 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
     def report_status(self) -> dict[str, Any]:
         away = self._daemon.away
         return {
-            "is_healthy": away is None and not self._closed,
+            "is_healthy": away is None and not self._closed.is_set(),
             "type": type(self).__name__,
             "address": self._parameters.address,
             "away": away,
@@ -309,10 +303,9 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
 
     def close(self) -> None:
         """End once the tasks under way have: until then they use LMCache's buffers."""
-        if self._closed:
+        if self._closed.is_set():
             return
-        self._closed = True
-        self._closing.set()
+        self._closed.set()
         self._transfer.stop()
         for tasks in (self._stores, self._lookups, self._loads):
             tasks.close()
@@ -324,7 +317,7 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
 
     def _ended(self, work: Callable[[], R], failed: Callable[[], R]) -> R:
         """The task's result: LMCache waits for it, whatever has happened."""
-        if self._closed:
+        if self._closed.is_set():
             return failed()
         try:
             return work()
@@ -340,7 +333,7 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
 
     def _expire_locks(self) -> None:
         """The thread that ends forgotten locks though nothing more is asked."""
-        while not self._closing.wait(self._parameters.lock_age_max_s / 4):
+        while not self._closed.wait(self._parameters.lock_age_max_s / 4):
             self._locks.expire()
 
     def _deadline(self, timeout_s: float) -> float:
