@@ -1,7 +1,7 @@
 """Copying many blocks at once, in threads that do not hold the GIL. It knows of no engine and no daemon."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Final
 
 from kvstore.client import copy
@@ -27,7 +27,10 @@ class Copier:
             return nbytes
         mine, *others = _shares(pairs, nbytes // self._threads + 1)
         under_way = [self._others.submit(_copy_all, share) for share in others]
-        _copy_all(mine)
+        try:
+            _copy_all(mine)
+        finally:
+            wait(under_way)
         for share in under_way:
             share.result()
         return nbytes

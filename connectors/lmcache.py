@@ -23,6 +23,7 @@ from lmcache.v1.distributed.api import KeyEntry, KeyListPage, MemoryLayoutDesc, 
 from lmcache.v1.distributed.internal_api import L1MemoryDesc, L2StoreResult
 from lmcache.v1.distributed.l2_adapters.base import AdapterUsage, L2AdapterInterface
 from lmcache.v1.memory_management import MemoryObj
+from lmcache.v1.multiprocess.cache_control.errors import Unavailable
 from lmcache.v1.platform import create_event_notifier
 
 from connectors.copying import Pairs, bytes_of
@@ -257,6 +258,13 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         if page_size <= 0:
             raise ValueError(f"page_size is {page_size}; give 1 or more")
         first, after = _parse_cursor(cursor)
+        try:
+            return self._page(model_name, page_size, first, after)
+        except KVStoreError as error:  # what LMCache's HTTP has an answer for
+            raise Unavailable(str(error)) from error
+
+    def _page(self, model_name: str | None, page_size: int, first: bytes, after: int) -> KeyListPage:
+        """A page from a place in the namespace with the id `first`, or behind it."""
         entries: list[KeyEntry] = []
         with self._daemon.asking() as store:
             for use in self._namespaces.used(store):

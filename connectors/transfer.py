@@ -7,7 +7,7 @@ over by its deadline (a time of `time.monotonic`).
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from typing import Final
 
@@ -94,11 +94,13 @@ class Transfer:
         if len(missing) == len(items) == 1:
             fetch(missing)
             return loaded
-        arrivals = self._waiters.map(fetch, self._windows(items, missing))
+        arrivals = [self._waiters.submit(fetch, window) for window in self._windows(items, missing)]
         try:
             self._copier.copy(pairs)
         finally:
-            list(arrivals)  # whatever happens, nobody writes into the caller's buffers after this
+            wait(arrivals)  # whatever happens, nobody writes into the caller's buffers after this
+        for arrival in arrivals:
+            arrival.result()
         return loaded
 
     def stop(self) -> None:

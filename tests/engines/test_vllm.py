@@ -20,11 +20,13 @@ from kvstore.statistics import NodeStatistics, TierState
 from tests import readme
 from tests.engines.checkpoint import TOKEN_BYTES, VOCABULARY, write_checkpoint
 from tests.engines.engine import NEW_TOKENS, Answer
-from tests.engines.processes import CHUNK_TOKENS, CacheServer, Engine
+from tests.engines.processes import Engine
+from tests.lmcache_processes import Server
 from tests.node import Node, wait_for
 
 MODEL: Final = "tiny-llama"
 CHUNKS: Final = 8
+CHUNK_TOKENS: Final = 256
 # vLLM's build for the CPU crashes (SIGILL) when all of a prompt is loaded: some tokens are left to compute.
 TAIL_TOKENS: Final = 100
 PROMPT_TOKENS: Final = CHUNKS * CHUNK_TOKENS + TAIL_TOKENS
@@ -69,14 +71,14 @@ def node(folder: Path) -> Iterator[Node]:
 
 
 @pytest.fixture(scope="module")
-def lmcache(folder: Path, node: Node) -> Iterator[CacheServer]:
+def lmcache(folder: Path, node: Node) -> Iterator[Server]:
     """LMCache's server over the daemon."""
-    with CacheServer(folder, adapter(node.address)) as server:
+    with Server(folder, json.dumps(adapter(node.address)), l1_size_gb=1) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def answers(folder: Path, node: Node, lmcache: CacheServer) -> tuple[Answer, Answer]:
+def answers(folder: Path, node: Node, lmcache: Server) -> tuple[Answer, Answer]:
     """What an engine without a store says, and one that publishes the prompt's KV; both have ended."""
     with Engine("alone", folder, MODEL) as alone, Engine("prefill", folder, MODEL, lmcache) as prefill:
         prefill.ready()
@@ -95,7 +97,7 @@ def baseline(answers: tuple[Answer, Answer]) -> Answer:
 
 
 @pytest.fixture(scope="module")
-def engine(folder: Path, lmcache: CacheServer, answers: tuple[Answer, Answer]) -> Iterator[Engine]:
+def engine(folder: Path, lmcache: Server, answers: tuple[Answer, Answer]) -> Iterator[Engine]:
     """Another engine, started when the prompt's KV is in the store and its prefill engine has ended."""
     with Engine("decode", folder, MODEL, lmcache) as engine:
         yield engine.ready()
@@ -112,7 +114,7 @@ def test_an_engine_publishes_the_prompt(answers: tuple[Answer, Answer], node: No
 
 
 def test_another_engine_decodes_from_the_store(
-    engine: Engine, lmcache: CacheServer, node: Node, baseline: Answer
+    engine: Engine, lmcache: Server, node: Node, baseline: Answer
 ) -> None:
     forget(engine, lmcache)
     hit_blocks, loaded_bytes = statistics(node).counters.hit_blocks, lmcache.adapter_status()["loaded_bytes"]
@@ -124,7 +126,7 @@ def test_another_engine_decodes_from_the_store(
 
 
 def test_wrong_bytes_in_the_store_change_the_tokens(
-    engine: Engine, lmcache: CacheServer, node: Node, baseline: Answer
+    engine: Engine, lmcache: Server, node: Node, baseline: Answer
 ) -> None:
     with node.client() as store:
         right, wrong = store.get(NAMESPACE, KEYS[0]), store.get(NAMESPACE, KEYS[1])
@@ -142,7 +144,7 @@ def test_wrong_bytes_in_the_store_change_the_tokens(
 
 
 def test_an_engine_decodes_from_the_disk_of_a_daemon_that_was_killed(
-    engine: Engine, lmcache: CacheServer, node: Node, baseline: Answer
+    engine: Engine, lmcache: Server, node: Node, baseline: Answer
 ) -> None:
     wait_for(lambda: statistics(node).tiers[0].blocks == nvme(node).blocks and not nvme(node).backlog_blocks)
     before = nvme(node).blocks
@@ -155,7 +157,7 @@ def test_an_engine_decodes_from_the_disk_of_a_daemon_that_was_killed(
 
 
 def test_an_engine_whose_daemon_is_gone_recomputes(
-    engine: Engine, lmcache: CacheServer, node: Node, baseline: Answer
+    engine: Engine, lmcache: Server, node: Node, baseline: Answer
 ) -> None:
     lmcache.clear()
     node.kill()
@@ -167,7 +169,7 @@ def test_an_engine_whose_daemon_is_gone_recomputes(
 
 
 def test_an_engine_whose_daemon_hangs_waits_once(
-    engine: Engine, lmcache: CacheServer, node: Node, baseline: Answer
+    engine: Engine, lmcache: Server, node: Node, baseline: Answer
 ) -> None:
     lmcache.clear()
     os.kill(node.pid, signal.SIGSTOP)
@@ -178,7 +180,7 @@ def test_an_engine_whose_daemon_hangs_waits_once(
     ask_until_loaded(engine, lmcache, node, baseline)
 
 
-def ask_in_vain(engine: Engine, lmcache: CacheServer, baseline: Answer) -> None:
+def ask_in_vain(engine: Engine, lmcache: Server, baseline: Answer) -> None:
     """Two requests that the store cannot serve: the same tokens, and one deadline later at most."""
     late_s = 0.0
     for _ in range(2):
@@ -190,7 +192,7 @@ def ask_in_vain(engine: Engine, lmcache: CacheServer, baseline: Answer) -> None:
     assert late_s < TIMEOUT_S + NOISE_S
 
 
-def ask_until_loaded(engine: Engine, lmcache: CacheServer, node: Node, baseline: Answer) -> None:
+def ask_until_loaded(engine: Engine, lmcache: Server, node: Node, baseline: Answer) -> None:
     """Requests until the store serves one, for a connector may have to find its daemon again first."""
 
     def loaded() -> bool:
@@ -202,7 +204,7 @@ def ask_until_loaded(engine: Engine, lmcache: CacheServer, node: Node, baseline:
     wait_for(loaded)
 
 
-def forget(engine: Engine, lmcache: CacheServer) -> None:
+def forget(engine: Engine, lmcache: Server) -> None:
     """Leave nothing of the prompt with LMCache.
 
     Its memory keeps the bytes of what it drops, and the same places are taken next: an adapter that copied
