@@ -62,6 +62,9 @@ class Keeper:
         with self._lock:
             link, self._link, self._away = self._link, None, "the client is closed"
         if link is not None:
+            # A daemon that was asked in vain may still answer: what it grants then is nobody's.
+            with contextlib.suppress(Unavailable):
+                link.channel.send(protocol.frame(0, protocol.Goodbye()))
             link.close()
 
     @property

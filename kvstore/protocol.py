@@ -180,6 +180,10 @@ class ListNamespaces(Message, tag=18):
     after: bytes = b""
 
 
+class Goodbye(Message, tag=20):
+    """The client ends all its leases, and those whose answers it did not wait for."""
+
+
 # Answers.
 
 
@@ -316,6 +320,7 @@ Request = (
     | Check
     | Verify
     | ListNamespaces
+    | Goodbye
 )
 Answer = (
     Failure

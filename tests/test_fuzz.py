@@ -112,7 +112,7 @@ REQUESTS: st.SearchStrategy[Any] = st.one_of(
     st.builds(protocol.ListNamespaces, BYTES),
     st.builds(protocol.OpenArena, NUMBERS, st.booleans()),
     OPENINGS,
-    st.sampled_from([protocol.GetStatistics(), protocol.Check(), protocol.Proof(b"")]),
+    st.sampled_from([protocol.GetStatistics(), protocol.Check(), protocol.Proof(b""), protocol.Goodbye()]),
     st.builds(
         protocol.Hello,
         NUMBERS,

@@ -68,6 +68,7 @@ class Session:
             protocol.GetStatistics: lambda _, __: protocol.Statistics(host.statistics()),
             protocol.Check: lambda _, __: protocol.Report(host.check()),
             protocol.Verify: self._verify,
+            protocol.Goodbye: self._goodbye,
         }
 
     @property
@@ -343,6 +344,13 @@ class Session:
         if verification is None or request.after < 0:
             raise InvalidRequest(f"verify after {request.after}; begin after 0")
         self._answer_later(request_id, verification.page(request.after))
+
+    def _goodbye(self, _: int, __: protocol.Goodbye) -> protocol.Answer:
+        self._store.end(self.holder)
+        for earlier in self._earlier:
+            self._store.end(earlier)
+            self._host.emptied(earlier)
+        return protocol.Done()
 
     # Helpers.
 
