@@ -29,9 +29,11 @@ class LockStatistics:
 
 
 class _Hold(Generic[K]):
-    """One lookup. `locked` counts its keys that are locked still, `users` the loads that read its lease."""
+    """One lookup. Of its keys that are locked still, `pinned` counts those that its lease pins, `unpinned` the
+    rest; `users` are the loads that read it. Its lease ends before it does, where others are left.
+    """
 
-    __slots__ = ("keys", "lease", "locked", "nbytes", "since", "users", "views")
+    __slots__ = ("keys", "lease", "nbytes", "pinned", "pins", "since", "unpinned", "users", "views")
 
     def __init__(
         self, lease: EachLease | None, views: dict[K, memoryview], keys: set[K], since: float
@@ -40,7 +42,9 @@ class _Hold(Generic[K]):
         self.views = views
         self.keys = keys
         self.nbytes = sum(map(len, views.values()))
-        self.locked = len(keys)
+        self.pins = frozenset(views)
+        self.pinned = len(self.pins)
+        self.unpinned = len(keys) - self.pinned
         self.since = since
         self.users = 0
 
@@ -68,7 +72,7 @@ class Locks(Generic[K]):
                 self._key_to_holds.setdefault(key, []).append(hold)
             self._holds[hold] = None
             self.pinned_bytes += hold.nbytes
-            ended = [*self._ended(hold), *self._old()]
+            ended = self._old()
         self._release(ended)
 
     def unlock(self, keys: Sequence[K]) -> None:
@@ -123,11 +127,11 @@ class Locks(Generic[K]):
     def clear(self) -> None:
         """End all locks. Nobody may be reading."""
         with self._lock:
-            holds = list(self._holds)
+            leases = [hold.lease for hold in self._holds if hold.lease is not None]
             self._holds.clear()
             self._key_to_holds.clear()
             self.pinned_bytes = 0
-        self._release(holds)
+        self._release(leases)
 
     def statistics(self) -> LockStatistics:
         """What is locked now."""
@@ -138,36 +142,42 @@ class Locks(Generic[K]):
 
     # Helpers; all but the last under the lock.
 
-    def _undo(self, key: K, hold: _Hold[K]) -> list[_Hold[K]]:
-        """Undo one lock; the hold, if that was the last that kept it."""
+    def _undo(self, key: K, hold: _Hold[K]) -> list[EachLease]:
+        """Undo one lock; the lease, if that was the last that kept it."""
         holds = self._key_to_holds[key]
         holds.remove(hold)
         if not holds:
             del self._key_to_holds[key]
-        hold.locked -= 1
+        if key in hold.pins:
+            hold.pinned -= 1
+        else:
+            hold.unpinned -= 1
         return self._ended(hold)
 
-    def _ended(self, hold: _Hold[K]) -> list[_Hold[K]]:
-        """The hold, if nobody keeps it any more."""
-        if hold.locked or hold.users or hold not in self._holds:
+    def _ended(self, hold: _Hold[K]) -> list[EachLease]:
+        """The hold's lease, if nobody needs it any more."""
+        if hold.pinned or hold.users:
             return []
-        del self._holds[hold]
+        lease, hold.lease = hold.lease, None
+        if not hold.unpinned:
+            self._holds.pop(hold, None)
+        if lease is None:
+            return []
         self.pinned_bytes -= hold.nbytes
-        return [hold]
+        return [lease]
 
-    def _old(self) -> list[_Hold[K]]:
-        """Undo the locks of lookups that are too old; those that nobody reads."""
-        old: list[_Hold[K]] = []
+    def _old(self) -> list[EachLease]:
+        """Undo the locks of lookups that are too old; the leases that nobody reads."""
+        old: list[EachLease] = []
         for hold in list(self._holds):
             if self._clock() - hold.since <= self._age_max_s:
                 break
-            self._expired += hold.locked > 0 and hold.lease is not None
+            self._expired += hold.pinned > 0
             for key in hold.keys:
                 if hold in self._key_to_holds.get(key, ()):
                     old += self._undo(key, hold)
         return old
 
-    def _release(self, ended: list[_Hold[K]]) -> None:
-        for hold in ended:
-            if hold.lease is not None:
-                hold.lease.end_quietly()
+    def _release(self, ended: list[EachLease]) -> None:
+        for lease in ended:
+            lease.end_quietly()

@@ -41,6 +41,11 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         for name in ("timeout_s", "transfer_timeout_s", "lock_age_max_s"):
             if not 0.01 <= getattr(parameters, name) <= 3600:
                 raise InvalidRequest(f"{name} is {getattr(parameters, name)}; give 0.01 to 3600 seconds")
+        if parameters.transfer_timeout_s < parameters.timeout_s:
+            raise InvalidRequest(
+                f"transfer_timeout_s is {parameters.transfer_timeout_s}; give timeout_s, "
+                f"{parameters.timeout_s}, or more"
+            )
         return parameters
 
     @property

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -45,14 +46,14 @@ models = names.filter(bool) | st.sampled_from(["meta/Llama-3", "/mnt/models/q@7:
 
 
 def lmcache_hashes(algorithm: str, tokens: list[int], chunk_tokens: int) -> list[bytes]:
-    hasher = pytest.importorskip("lmcache.v1.multiprocess.token_hasher").TokenHasher(chunk_tokens, algorithm)
+    hasher = import_module("lmcache.v1.multiprocess.token_hasher").TokenHasher(chunk_tokens, algorithm)
     hashes: list[bytes] = hasher.compute_chunk_hashes(tokens)
     return hashes
 
 
 def lmcache_engine_hashes(algorithm: str, tokens: list[int], chunk_tokens: int) -> list[int]:
-    database = pytest.importorskip("lmcache.v1.token_database").ChunkedTokenDatabase
-    config = pytest.importorskip("lmcache.v1.config").LMCacheEngineConfig.from_defaults(
+    database = import_module("lmcache.v1.token_database").ChunkedTokenDatabase
+    config = import_module("lmcache.v1.config").LMCacheEngineConfig.from_defaults(
         chunk_size=chunk_tokens, pre_caching_hash_algorithm=algorithm
     )
     return [number for _, _, number in database(config, None).process_tokens(tokens, make_key=False)]
@@ -124,7 +125,7 @@ def test_any_prompt_hashes_as_in_lmcaches_server(
 def test_any_prompt_hashes_as_an_encoder_of_cbor_has_it(
     tokens: list[int], chunk_tokens: int, seed: str
 ) -> None:
-    cbor2 = pytest.importorskip("cbor2")
+    cbor2 = import_module("cbor2")
 
     def sha256_cbor(value: Any) -> bytes:
         return hashlib.sha256(cbor2.dumps(value, canonical=True)).digest()
@@ -326,7 +327,7 @@ def test_namespaces_that_share_nothing_for_their_fingerprints_alone_can_be_told(
 def test_an_object_keys_fields_come_back_from_its_namespace(
     model: str, ranks: tuple[int, int, int, int], group: int, salt: str
 ) -> None:
-    key_of = pytest.importorskip("lmcache.v1.distributed.api").ObjectKey
+    key_of = import_module("lmcache.v1.distributed.api").ObjectKey
     kv_rank = lmcache_kv_rank(*ranks)
     rank, world, local_rank, local_world = ranks
     assert kv_rank == key_of.ComputeKVRank(world, rank, local_world, local_rank)
@@ -388,7 +389,7 @@ def test_foreign_namespaces_have_no_object_fields(namespace: Namespace) -> None:
 
 
 def engine_key_of(layer_id: int | None, *values: Any) -> Any:
-    utils = pytest.importorskip("lmcache.utils")
+    utils = import_module("lmcache.utils")
     if layer_id is None:
         return utils.CacheEngineKey(*values)
     return utils.LayerCacheEngineKey(*values, layer_id=layer_id)
@@ -413,7 +414,7 @@ def test_an_engine_keys_string_comes_back_from_its_namespace_and_key(
     tags: dict[str, str],
     layer_id: int | None,
 ) -> None:
-    torch_dtype = pytest.importorskip("lmcache.utils").STR_DTYPE_TO_TORCH_DTYPE[dtype]
+    torch_dtype = import_module("lmcache.utils").STR_DTYPE_TO_TORCH_DTYPE[dtype]
     configs = {f"lmcache.tag.{name}": value for name, value in tags.items()}
     theirs = engine_key_of(layer_id, model, world, worker, chunk_hash, torch_dtype, {"other": "1", **configs})
     namespace = lmcache_engine_namespace(model, world, worker, dtype, theirs.tags or ())

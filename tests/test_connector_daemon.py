@@ -1,0 +1,257 @@
+"""The daemon as a connector sees it: there, or away and known to be, at no cost to anybody."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from connectors.daemon import Daemon
+from kvstore.block import Namespace
+from kvstore.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    KVStoreError,
+    ProtocolError,
+    TierError,
+    Unavailable,
+)
+from tests.node import Node, open_files, wait_for
+
+# What a busy machine may add to a deadline.
+SLACK_S = 1.0
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[Node]:
+    """A daemon that every test leaves running."""
+    with Node("16MiB") as node:
+        yield node
+        node.check()
+
+
+@pytest.fixture(autouse=True)
+def it_runs_on(node: Node) -> Iterator[None]:
+    """Also after a test that has failed before it could start it again."""
+    yield
+    if node.process.poll() is not None:
+        node.start()
+
+
+@pytest.fixture
+def daemon(node: Node) -> Iterator[Daemon]:
+    """The node's, with a short patience."""
+    daemon = Daemon(node.address, timeout_s=0.3)
+    yield daemon
+    daemon.close()
+
+
+def looks_after() -> int:
+    """Threads that look after an absent daemon."""
+    return sum(thread.name == "kvstore-watch" for thread in threading.enumerate())
+
+
+def own_threads() -> int:
+    """All threads of connectors and clients."""
+    return sum(thread.name.startswith("kvstore-") for thread in threading.enumerate())
+
+
+def ask(daemon: Daemon) -> KVStoreError | None:
+    """One call; its error."""
+    try:
+        with daemon.asking() as store:
+            store.statistics()
+    except KVStoreError as error:
+        return error
+    return None
+
+
+def test_a_daemon_that_is_there_is_asked(daemon: Daemon, namespace: Namespace) -> None:
+    assert daemon.away is None
+    with daemon.asking() as store:
+        store.put(namespace, b"k", b"value")
+    with daemon.asking() as store:
+        assert store.get(namespace, b"k") == b"value"
+    assert looks_after() == 0
+
+
+@pytest.mark.parametrize("address", ["", "nowhere", "http://x", "tcp://host:port", "unix:"])
+def test_an_address_that_is_none_is_refused(address: str) -> None:
+    with pytest.raises(InvalidRequest, match="address"):
+        Daemon(address, timeout_s=0.3)
+    assert looks_after() == 0
+
+
+def test_a_connector_may_start_before_the_daemon(node: Node, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    node.kill()
+    daemon = Daemon(node.address, timeout_s=0.3)
+    assert daemon.away is not None
+    assert "node.sock" in daemon.away
+    started = time.monotonic()
+    for _ in range(1000):
+        with pytest.raises(Unavailable), daemon.asking():
+            pytest.fail("it is not there to be asked")
+    assert time.monotonic() - started < 1.0
+    assert looks_after() == 1
+    node.start()
+    wait_for(lambda: daemon.away is None)
+    assert ask(daemon) is None
+    wait_for(lambda: looks_after() == 0)
+    said = [record.getMessage() for record in caplog.records if record.name == "connectors.daemon"]
+    assert len(said) == 2
+    assert "going on without the store" in said[0]
+    assert said[1] == f"the daemon at {node.address} is back"
+    daemon.close()
+
+
+def test_a_daemon_that_is_killed_is_away_until_it_is_back(node: Node, daemon: Daemon) -> None:
+    for _ in range(2):
+        node.kill()
+        assert isinstance(ask(daemon), Unavailable)
+        assert daemon.away is not None
+        node.start()
+        wait_for(lambda: daemon.away is None)
+        assert ask(daemon) is None
+
+
+def test_a_call_that_is_not_answered_is_the_last_that_anybody_waits_for(node: Node, daemon: Daemon) -> None:
+    os.kill(node.pid, signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        assert isinstance(ask(daemon), DeadlineExceeded)
+        assert 0.2 < time.monotonic() - started < 0.3 + SLACK_S
+        started = time.monotonic()
+        for _ in range(1000):
+            assert isinstance(ask(daemon), Unavailable)
+        assert time.monotonic() - started < 1.0
+        assert looks_after() == 1
+    finally:
+        os.kill(node.pid, signal.SIGCONT)
+    wait_for(lambda: daemon.away is None)
+    assert ask(daemon) is None
+
+
+def test_threads_that_wait_together_are_followed_by_nobody(
+    node: Node, daemon: Daemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors: list[KVStoreError | None] = []
+    os.kill(node.pid, signal.SIGSTOP)
+    try:
+        threads = [threading.Thread(target=lambda: errors.append(ask(daemon))) for _ in range(8)]
+        started = time.monotonic()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert time.monotonic() - started < 0.3 + SLACK_S
+        assert looks_after() == 1
+    finally:
+        os.kill(node.pid, signal.SIGCONT)
+    assert len(errors) == 8
+    assert None not in errors
+    assert sum("going on without" in record.getMessage() for record in caplog.records) == 1
+    wait_for(lambda: daemon.away is None)
+
+
+@pytest.mark.parametrize("error", [InvalidRequest("so"), TierError("so"), ValueError("so")])
+def test_what_fails_for_another_reason_is_passed_on_and_is_no_absence(
+    daemon: Daemon, error: Exception
+) -> None:
+    with pytest.raises(type(error), match="so"), daemon.asking():
+        raise error
+    assert daemon.away is None
+    assert ask(daemon) is None
+    assert looks_after() == 0
+
+
+def test_an_absence_that_was_none_is_over_at_the_first_look(daemon: Daemon) -> None:
+    with pytest.raises(ProtocolError), daemon.asking():
+        raise ProtocolError("so it seems")
+    assert daemon.away == "so it seems"
+    wait_for(lambda: daemon.away is None, 5)
+
+
+def test_complaints_are_few_and_none_while_it_is_away(
+    node: Node, daemon: Daemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(100):
+        daemon.complain(TierError(f"full {number}"))
+    assert [record.getMessage()[:6] for record in caplog.records] == ["full 0"]
+    node.kill()
+    ask(daemon)
+    caplog.clear()
+    other = Daemon(node.address, timeout_s=0.3)
+    other.complain(TierError("full"))
+    assert not any("full" in record.getMessage() for record in caplog.records)
+    other.close()
+    node.start()
+
+
+def test_after_close_nobody_is_asked(node: Node, daemon: Daemon) -> None:
+    with daemon.asking() as store:
+        daemon.close()
+        with pytest.raises(Unavailable, match="closed"):
+            store.statistics()
+    daemon.close()
+    error = ask(daemon)
+    assert isinstance(error, Unavailable)
+    assert "the connector is closed" in str(error)
+    assert daemon.away == "the connector is closed"
+    wait_for(lambda: looks_after() == 0, 5)
+
+
+def test_close_ends_the_watch_and_leaves_nothing_open(node: Node) -> None:
+    wait_for(lambda: own_threads() == 0, 5)
+    descriptors = open_files(os.getpid())
+    for round_number in range(5):
+        daemon = Daemon(node.address, timeout_s=0.3)
+        os.kill(node.pid, signal.SIGSTOP)
+        try:
+            if round_number % 2:
+                ask(daemon)
+            started = time.monotonic()
+            daemon.close()
+            assert time.monotonic() - started < 0.3 + SLACK_S
+        finally:
+            os.kill(node.pid, signal.SIGCONT)
+    node.kill()
+    for _ in range(5):
+        Daemon(node.address, timeout_s=0.3).close()
+    wait_for(lambda: own_threads() == 0, 5)
+    wait_for(lambda: open_files(os.getpid()) <= descriptors, 5)
+    node.start()
+
+
+def test_a_socket_that_accepts_and_says_nothing_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "mute.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(64)
+        descriptors = open_files(os.getpid())
+        started = time.monotonic()
+        daemon = Daemon(f"unix:{path}", timeout_s=0.3)
+        assert time.monotonic() - started < 0.3 + SLACK_S
+        assert daemon.away is not None
+        # Looks go on, one at a time, and each closes what it has opened.
+        listener.setblocking(False)
+        seen = 0
+
+        def looked_again() -> bool:
+            nonlocal seen
+            try:
+                listener.accept()[0].close()
+                seen += 1
+            except BlockingIOError:
+                pass
+            return seen >= 4
+
+        wait_for(looked_again, 10)
+        daemon.close()
+        wait_for(lambda: looks_after() == 0)
+        wait_for(lambda: open_files(os.getpid()) <= descriptors)
