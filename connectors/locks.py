@@ -29,8 +29,8 @@ class LockStatistics:
 
 
 class _Hold(Generic[K]):
-    """One lookup. Of its keys that are locked still, `pinned` counts those that its lease pins, `unpinned` the
-    rest; `users` are the loads that read it. Its lease ends before it does, where others are left.
+    """One lookup. Of its keys that are locked still, `pinned` counts those that its lease pins, `unpinned`
+    the rest; `users` are the loads that read it. Its lease ends before it does, where others are left.
     """
 
     __slots__ = ("keys", "lease", "nbytes", "pinned", "pins", "since", "unpinned", "users", "views")
