@@ -49,8 +49,8 @@ STORE, LOAD = "store", "load"
 # Of the bench's own rounds: what it does first and does not count, and what a figure is the median of.
 WARMUPS: Final = 1
 COUNTED: Final = 3
-# The bench never unlocks what it looked up, and of an arena one client may have a half pinned.
-ARENA_PER_STORED: Final = 3
+# The bench never unlocks what it looked up, and our lookups lock up to a quarter of the arena.
+ARENA_PER_STORED: Final = 5
 # What LMCache's server aligns its memory to.
 ALIGNMENT_BYTES: Final = 4096
 

@@ -1,1 +1,1 @@
-"""What runs inside engines and speaks to the store. None is here yet."""
+"""Connectors: engines on one side, a client of the store on the other."""

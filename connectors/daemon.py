@@ -115,6 +115,9 @@ class Daemon:
             except (KVStoreError, OSError) as error:
                 self._away = str(error)
                 continue
+            except Exception:  # whatever it was, somebody must go on looking
+                logger.exception("looking after the daemon failed by a mistake")
+                continue
             with self._lock:
                 if self._closed.is_set():
                     client.close()

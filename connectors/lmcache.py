@@ -34,11 +34,9 @@ from connectors.parameters import Parameters
 from connectors.tasks import Tasks
 from connectors.transfer import Transfer
 from kvstore.block import NAMESPACE_ID_BYTES, Namespace
-from kvstore.client import Item, StoreClient
-from kvstore.errors import KVStoreError
+from kvstore.client import KEYS_MAX, EachLease, Item, StoreClient
+from kvstore.errors import InvalidRequest, KVStoreError, TierError
 from kvstore.hashing import lmcache_kv_rank, lmcache_namespace, lmcache_object_fields, lmcache_seed
-from kvstore.leases import EachLease
-from kvstore.protocol import KEYS_MAX
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +62,11 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
     def __init__(self, params: dict[str, Any], l1_memory_desc: L1MemoryDesc | None = None) -> None:
         super().__init__()
         self._parameters = parameters = Parameters.of(params)
+        if not parameters.dtype or not parameters.layout:
+            raise InvalidRequest(
+                f"dtype is {parameters.dtype!r} and layout {parameters.layout!r}; name what the bytes are, "
+                "say bfloat16 and LNHC: LMCache's keys do not, and others would load them as theirs"
+            )
         make = partial(
             lmcache_namespace,
             block_tokens=parameters.block_tokens,
@@ -94,6 +97,7 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         self._loads: Tasks[Bitmap] = Tasks("load", parameters.threads, create_event_notifier())
         self._counters = Counter(dict.fromkeys(_COUNTED, 0))
         self._counting = threading.Lock()
+        self._pinning = threading.Lock()  # of two lookups, the second must know what the first has pinned
         self._usage = AdapterUsage(0, 0)
         self._closed = threading.Event()
         threading.Thread(target=self._expire_locks, name="kvstore-locks", daemon=True).start()
@@ -149,7 +153,8 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
             if time.monotonic() > deadline:
                 break
             try:
-                found = self._lock_found(keys[start : start + KEYS_MAX], items[start : start + KEYS_MAX])
+                part = slice(start, start + KEYS_MAX)
+                found = self._lock_found(keys[part], items[part], deadline)
             except KVStoreError as error:  # what was found before is locked, and counts
                 self._daemon.complain(error)
                 break
@@ -158,20 +163,22 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         self._count(looked_up=len(keys), found=bitmap.popcount())
         return bitmap
 
-    def _lock_found(self, keys: Sequence[ObjectKey], items: Sequence[Item]) -> list[int]:
+    def _lock_found(self, keys: Sequence[ObjectKey], items: Sequence[Item], deadline: float) -> list[int]:
         """Lock what is here; the indices of it."""
         with self._daemon.asking() as store:
-            lease, pinned = self._pin(store, items)
+            with self._pinning:
+                lease, pinned = self._pin(store, items)
+                self._locks.add(lease, {keys[index]: view for index, view in pinned.items()}, ())
+            others = [index for index in range(len(keys)) if index not in pinned]
+            if not others or time.monotonic() > deadline:
+                return list(pinned)
             try:
-                others = [index for index in range(len(keys)) if index not in pinned]
-                here = store.hit_each([items[index] for index in others]) if others else ()
-            except BaseException:
-                if lease is not None:
-                    lease.end_quietly()
+                here = store.hit_each([items[index] for index in others])
+            except KVStoreError:
+                self._locks.unlock([keys[index] for index in pinned])
                 raise
         unpinned = [index for index, found in zip(others, here, strict=True) if found]
-        views = {keys[index]: view for index, view in pinned.items()}
-        self._locks.add(lease, views, [keys[index] for index in unpinned])
+        self._locks.add(None, {}, [keys[index] for index in unpinned])
         return [*pinned, *unpinned]
 
     def _pin(
@@ -234,7 +241,7 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         """Hide these objects now, in all tiers; what is locked is freed when it is unlocked.
 
         Raises:
-            KVStoreError: the daemon is away, or cannot promise that they stay away.
+            KVStoreError: the daemon is away.
         """
         items = self._items(keys)
         for start in range(0, len(items), KEYS_MAX):
@@ -244,9 +251,12 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
                 by_namespace.setdefault(namespace, []).append(key)
             with self._daemon.asking() as store:
                 lengths = store.length_each(part)
+                self._locks.hide(keys[start : start + KEYS_MAX])
                 for namespace, names in by_namespace.items():
-                    store.remove(namespace, names)
-            self._locks.hide(keys[start : start + KEYS_MAX])
+                    try:
+                        store.remove(namespace, names)
+                    except TierError as error:  # hidden all the same; to raise would end LMCache's eviction
+                        logger.warning("%s", error)
             gone = [index for index, length in enumerate(lengths) if length]
             self._notify_keys_deleted(
                 [keys[start + index] for index in gone], [lengths[index] for index in gone]
@@ -284,18 +294,24 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         return KeyListPage(tuple(entries), None)
 
     def get_usage(self) -> AdapterUsage:
-        """The bytes in all tiers of the daemon; of an object in two tiers, both. As last known while away."""
+        """The bytes in the daemon's largest medium, in all and of each salt.
+
+        While the daemon is away only the sum is told, as last known: nobody is to be evicted then.
+        """
         by_salt: dict[str, int] = {}
+        capacities: dict[str, int] = {}
         try:
             with self._daemon.asking() as store:
-                capacity_bytes = sum(tier.capacity_bytes for tier in store.statistics().tiers)
+                for tier in store.statistics().tiers:
+                    capacities[tier.medium] = capacities.get(tier.medium, 0) + tier.capacity_bytes
                 for use in self._namespaces.used(store):
                     salt = use.namespace.salt
                     by_salt[salt] = by_salt.get(salt, 0) + use.block_bytes
         except KVStoreError:
             return self._usage
-        self._usage = AdapterUsage(sum(by_salt.values()), capacity_bytes, MappingProxyType(by_salt))
-        return self._usage
+        nbytes, capacity_bytes = sum(by_salt.values()), max(capacities.values())
+        self._usage = AdapterUsage(nbytes, capacity_bytes)
+        return AdapterUsage(nbytes, capacity_bytes, MappingProxyType(by_salt))
 
     def report_status(self) -> dict[str, Any]:
         away = self._daemon.away

@@ -34,18 +34,21 @@ from connectors.namespaces import Namespaces
 from connectors.parameters import Parameters
 from connectors.transfer import Transfer
 from kvstore.block import Namespace
-from kvstore.client import Item
-from kvstore.errors import KVStoreError
+from kvstore.client import KEYS_MAX, Item
+from kvstore.errors import InvalidRequest, KVStoreError
 from kvstore.hashing import (
     lmcache_engine_key,
     lmcache_engine_namespace,
     lmcache_engine_string,
     lmcache_seed,
 )
-from kvstore.protocol import KEYS_MAX
 
 R = TypeVar("R")
 _PREFIX: Final = "kvstore."
+# Parameters that LMCache's own configuration or keys hold, or that have no use here.
+_OTHERS: Final = frozenset(("block_tokens", "dtype", "hash_algorithm", "lock_age_max_s"))
+# Questions wait for no transfer.
+_QUESTION_THREADS: Final = 2
 
 
 class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
@@ -67,6 +70,8 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
             for name, value in (config.extra_config or {}).items()
             if name.startswith(_PREFIX)
         }
+        for name in given.keys() & _OTHERS:
+            raise InvalidRequest(f"{_PREFIX}{name} is {given[name]!r}; leave it out: LMCache says what it is")
         hashed = {"block_tokens": config.chunk_size, "hash_algorithm": config.pre_caching_hash_algorithm}
         self._parameters = parameters = Parameters.of({**given, **hashed})
         self._memory = local_cpu_backend
@@ -96,7 +101,9 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
         self._daemon = Daemon(parameters.address, timeout_s=parameters.silence_s, token=parameters.secret)
         self._namespaces = Namespaces(self._daemon, make, ours)
         self._transfer = Transfer(self._daemon, parameters.threads)
-        self._threads = ThreadPoolExecutor(parameters.threads, thread_name_prefix="kvstore-remote")
+        self._puts = ThreadPoolExecutor(parameters.threads, thread_name_prefix="kvstore-put")
+        self._gets = ThreadPoolExecutor(parameters.threads, thread_name_prefix="kvstore-get")
+        self._questions = ThreadPoolExecutor(_QUESTION_THREADS, thread_name_prefix="kvstore-question")
         self._closed = False
 
     # Questions.
@@ -144,13 +151,14 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
         """Store all of these chunks, or none."""
         if self._closed:
             return
+        deadline = self._deadline()
         for each in memory_objs:
             each.ref_count_up()  # ours: LMCache drops its own when it gives up waiting
 
         def work() -> None:
             try:
                 parts = [self._parts(each) for each in memory_objs]
-                self._transfer.store(self._items(keys), parts, self._deadline())
+                self._transfer.store(self._items(keys), parts, deadline)
             except KVStoreError as error:
                 self._daemon.complain(error)
 
@@ -158,7 +166,7 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
             for each in memory_objs:
                 each.ref_count_down()
 
-        future = self._threads.submit(work)
+        future = self._puts.submit(work)
         future.add_done_callback(done)
         await asyncio.wrap_future(future)
 
@@ -181,7 +189,8 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
 
     async def batched_get(self, keys: list[CacheEngineKey]) -> list[MemoryObj | None]:
         nothing: list[MemoryObj | None] = [None] * len(keys)
-        return await self._in_thread(lambda: self._get(keys), nothing, _give_up)
+        deadline = self._deadline()
+        return await self._in_thread(lambda: self._get(keys, deadline), nothing, self._gets, _give_up)
 
     async def batched_get_non_blocking(self, lookup_id: str, keys: list[CacheEngineKey]) -> list[MemoryObj]:
         """The leading chunks, up to the first that is missing."""
@@ -190,7 +199,7 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
         _give_up(found[len(leading) :])
         return leading
 
-    def _get(self, keys: Sequence[CacheEngineKey]) -> list[MemoryObj | None]:
+    def _get(self, keys: Sequence[CacheEngineKey], deadline: float) -> list[MemoryObj | None]:
         chunks: list[MemoryObj | None] = [None] * len(keys)
 
         def place(index: int, block: memoryview) -> Pairs | None:
@@ -201,7 +210,7 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
             return [(bytes_of(chunk.byte_array)[: len(data)], data)]
 
         try:
-            loaded = self._transfer.load(self._items(keys), place, self._deadline())
+            loaded = self._transfer.load(self._items(keys), place, deadline)
         except BaseException:
             _give_up(chunks)
             raise
@@ -271,19 +280,24 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
 
     def _close(self) -> None:
         self._transfer.stop()
-        self._threads.shutdown(wait=True)
+        for threads in (self._puts, self._gets, self._questions):
+            threads.shutdown(wait=True)
         self._transfer.close()
         self._daemon.close()
 
     # Helpers.
 
     async def _in_thread(
-        self, work: Callable[[], R], nothing: R, abandon: Callable[[R], None] = lambda _: None
+        self,
+        work: Callable[[], R],
+        nothing: R,
+        threads: ThreadPoolExecutor | None = None,
+        abandon: Callable[[R], None] = lambda _: None,
     ) -> R:
         """What `work` returns, given to `abandon` when nobody waits any more; `nothing` once closed."""
         if self._closed:
             return nothing
-        future = self._threads.submit(work)
+        future = (threads or self._questions).submit(work)
         try:
             return await asyncio.shield(asyncio.wrap_future(future))
         except asyncio.CancelledError:

@@ -11,9 +11,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Generic, TypeVar
 
-from kvstore.leases import EachLease
+from kvstore.client import EachLease
 
 K = TypeVar("K")
 
@@ -66,6 +67,9 @@ class Locks(Generic[K]):
         if lease is not None and not pinned:
             lease.end_quietly()
             lease = None
+        if not pinned and not unpinned:
+            self.expire()
+            return
         hold = _Hold(lease, pinned, {*pinned, *unpinned}, self._clock())
         with self._lock:
             for key in hold.keys:
@@ -140,6 +144,19 @@ class Locks(Generic[K]):
             leases = sum(hold.lease is not None for hold in self._holds)
             return LockStatistics(locks, leases, self._expired, self.pinned_bytes)
 
+    def check(self) -> list[str]:
+        """Recount what is locked; each line says what is wrong."""
+        with self._lock:
+            locked = {hold for holds in self._key_to_holds.values() for hold in holds}
+            kept = {hold for hold in self._holds if hold.lease is not None}
+            nbytes = sum(hold.nbytes for hold in kept)
+            wrong = [
+                (not locked <= set(self._holds), "a key is locked by a lookup that is over"),
+                (not set(self._holds) <= locked | kept, "a lookup that is over is kept"),
+                (self.pinned_bytes != nbytes, f"{self.pinned_bytes} bytes pinned counted, {nbytes} found"),
+            ]
+        return [text for bad, text in wrong if bad]
+
     # Helpers; all but the last under the lock.
 
     def _undo(self, key: K, hold: _Hold[K]) -> list[EachLease]:
@@ -169,9 +186,8 @@ class Locks(Generic[K]):
     def _old(self) -> list[EachLease]:
         """Undo the locks of lookups that are too old; the leases that nobody reads."""
         old: list[EachLease] = []
-        for hold in list(self._holds):
-            if self._clock() - hold.since <= self._age_max_s:
-                break
+        oldest = self._clock() - self._age_max_s
+        for hold in list(takewhile(lambda hold: hold.since < oldest, self._holds)):
             self._expired += hold.pinned > 0
             for key in hold.keys:
                 if hold in self._key_to_holds.get(key, ()):

@@ -13,10 +13,8 @@ from typing import Final
 
 from connectors.copying import Copier, Pairs
 from connectors.daemon import Daemon
-from kvstore.client import Item, StoreClient, copy
+from kvstore.client import KEYS_MAX, Item, StoreClient, WriteLease, copy
 from kvstore.errors import DeadlineExceeded, InvalidRequest, KVStoreError, TierError
-from kvstore.leases import WriteLease
-from kvstore.protocol import KEYS_MAX
 
 # What a block's bytes are made of, end to end.
 Parts = Sequence[memoryview]
@@ -27,8 +25,8 @@ Place = Callable[[int, memoryview], Pairs | None]
 # windows together are a part of what this client may pin.
 _WINDOW_BYTES: Final = 32 << 20
 _WINDOWS_OF_PINNED: Final = 4
-# A window that brings nothing for so long is given up.
-_WINDOW_S: Final = 1.0
+# How long the daemon is asked to wait at a time: one that hangs is noticed soon after.
+_PATIENCE_S: Final = 1.0
 # Between two looks at a block that somebody else is writing.
 _LOOK_S: Final = 0.005
 
@@ -144,8 +142,18 @@ class Transfer:
         self, store: StoreClient, items: Sequence[Item], wanted: Mapping[Item, Parts], deadline: float
     ) -> WriteLease[Item]:
         lengths = [_length(wanted[item]) for item in items]
+        while True:
+            left_s = _left_s(deadline)
+            write = self._reserve_once(store, items, lengths, min(left_s, _PATIENCE_S))
+            if not write.refused or left_s <= _PATIENCE_S or self._closed.is_set():
+                return write
+            write.end_quietly()
+
+    def _reserve_once(
+        self, store: StoreClient, items: Sequence[Item], lengths: list[int], wait_s: float
+    ) -> WriteLease[Item]:
         try:
-            return store.reserve_each(items, lengths, wait_s=_left_s(deadline))
+            return store.reserve_each(items, lengths, wait_s=wait_s)
         except InvalidRequest:
             here = store.length_each(items)
             other = [item for item, old, new in zip(items, here, lengths, strict=True) if old not in (0, new)]
@@ -153,7 +161,7 @@ class Transfer:
                 raise
             for namespace, key in other:
                 store.remove(namespace, [key])
-            return store.reserve_each(items, lengths, wait_s=_left_s(deadline))
+            return store.reserve_each(items, lengths, wait_s=wait_s)
 
     # Loads.
 
@@ -165,7 +173,7 @@ class Transfer:
             try:
                 with (
                     self._daemon.asking() as store,
-                    store.acquire_each([items[i] for i in window], wait_s=min(left_s, _WINDOW_S)) as lease,
+                    store.acquire_each([items[i] for i in window], wait_s=min(left_s, _PATIENCE_S)) as lease,
                 ):
                     views = dict(zip(window, lease.views, strict=True))
                     for index, block in views.items():
@@ -174,13 +182,16 @@ class Transfer:
                             for target, source in placed:
                                 copy(target, source)
                             yield index
-            except KVStoreError:
+                missing = [index for index, block in views.items() if block is None]
+                if len(missing) == len(window) and not lease.limited:
+                    with self._daemon.asking() as store:
+                        if not any(store.hit_each([items[i] for i in window])):
+                            return
+            except KVStoreError as error:
+                self._daemon.complain(error)
                 return
-            missing = [index for index, block in views.items() if block is None]
             if len(missing) == len(window):
-                if not lease.limited:
-                    return
-                self._closed.wait(_LOOK_S)  # until others of ours have pinned less
+                self._closed.wait(_LOOK_S)  # the disk is slow, or others of ours have pinned too much
             window = missing
 
     def _windows(self, items: Sequence[Item], missing: Sequence[int]) -> list[list[int]]:

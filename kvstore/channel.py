@@ -91,10 +91,11 @@ class Channel:
             DeadlineExceeded: no answer within `timeout_s`.
             Unavailable: the connection is broken.
         """
-        deadline = time.monotonic() + timeout_s
         reply = Reply()
         self._fds_wanted = with_fd
         request_id = self._send(request, payload, reply, ahead)
+        # From here on: sending many bytes takes its time, for which the daemon owes no answer.
+        deadline = time.monotonic() + timeout_s
         while reply.answer is None:
             self._read_or_wait(request_id, reply, deadline)
         if isinstance(reply.answer, protocol.Failure):

@@ -9,7 +9,7 @@ import ssl
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Final, NamedTuple, Self, TypeVar
 
 import numpy as np
 
@@ -17,12 +17,19 @@ from kvstore import packing, protocol
 from kvstore.block import HitLength, Namespace
 from kvstore.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from kvstore.keeper import Keeper
-from kvstore.leases import EachLease, ReadLease, WriteLease, map_views, split_payload
+from kvstore.leases import EachLease as EachLease
+from kvstore.leases import ReadLease, map_views, split_payload
+from kvstore.leases import WriteLease as WriteLease
 from kvstore.link import Link
 from kvstore.statistics import NodeStatistics
 
+# What a request may name.
+KEYS_MAX: Final = protocol.KEYS_MAX
 Item = tuple[Namespace, bytes]
 N = TypeVar("N")
+# How long the daemon may take, beside an answer's usual time, until its disks promise that what was removed
+# stays away; a disk that takes longer is given up on before.
+_LASTING_S: Final = 5.0
 
 
 class KeyPage(NamedTuple):
@@ -41,7 +48,7 @@ class Limits(NamedTuple):
 
 
 class NamespaceUse(NamedTuple):
-    """What a namespace has, summed over all tiers: a block in two of them counts in both."""
+    """What a namespace has in the medium that has most of it: a block is often in two, and counts once."""
 
     namespace: Namespace
     blocks: int
@@ -288,7 +295,8 @@ class StoreClient:
         """
         packed = packing.pack_keys(keys)
         link = self._connected()
-        answer = self._call(link, protocol.Remove(link.handle(namespace), packed)).answer
+        request = protocol.Remove(link.handle(namespace), packed)
+        answer = self._call(link, request, _LASTING_S).answer
         assert isinstance(answer, protocol.Count)
         return answer.count
 

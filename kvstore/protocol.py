@@ -292,7 +292,7 @@ class Verified(Message, tag=113):
 
 
 class NamespacePage(Message, tag=114):
-    """Namespaces, with their blocks and bytes summed over all tiers; `after` is for the next page."""
+    """Namespaces, with their blocks and bytes in the medium that has most; `after` is for the next page."""
 
     namespaces: list[Namespace]
     blocks: list[int]

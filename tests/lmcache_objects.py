@@ -37,6 +37,8 @@ with warnings.catch_warnings():
 
     from connectors.lmcache import KVStoreL2Adapter
 
+# What tests say of their bytes, unless they say something else.
+BYTES_ARE: Final = {"dtype": "uint8", "layout": "any"}
 KIB: Final = 1 << 10
 MIB: Final = 1 << 20
 # What a buffer has before it is loaded.
@@ -109,7 +111,7 @@ def adapter_for(address: str, **parameters: Any) -> KVStoreL2Adapter:
         "type": "plugin",
         "module_path": "connectors.lmcache",
         "class_name": "KVStoreL2Adapter",
-        "adapter_params": {"address": address, **parameters},
+        "adapter_params": {"address": address, **BYTES_ARE, **parameters},
     }
     arguments = argparse.Namespace(l2_adapter=[json.dumps(spec)])
     (config,) = parse_args_to_l2_adapters_config(arguments).adapters

@@ -35,7 +35,7 @@ def adapter(address: str, **other: Any) -> str:
     """The README's `--l2-adapter` for a daemon at `address`."""
     words = command("lmcache bench l2")
     spec = json.loads(words[words.index("--l2-adapter") + 1])
-    return json.dumps({**spec, "adapter_params": {"address": address}, **other})
+    return json.dumps({**spec, "adapter_params": {**spec["adapter_params"], "address": address}, **other})
 
 
 def run(words: Sequence[str], *, status: int = 0, environ: dict[str, str] | None = None) -> str:

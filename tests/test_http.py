@@ -154,12 +154,12 @@ def test_a_second_daemon_on_the_same_socket_is_refused_and_the_first_goes_on(
 def test_a_stale_socket_is_replaced_and_the_epoch_grows(namespace: Namespace) -> None:
     with Node() as node:
         with RawConnection(node.socket, greet=False) as raw:
-            first = raw.ask(protocol.Hello(1, 0, b""))
+            first = raw.ask(protocol.Hello(protocol.MAJOR, 0, b""))
         node.kill()
         assert node.socket.exists()
         node.start()
         with RawConnection(node.socket, greet=False) as raw:
-            second = raw.ask(protocol.Hello(1, 0, b""))
+            second = raw.ask(protocol.Hello(protocol.MAJOR, 0, b""))
         assert isinstance(first, protocol.Welcome)
         assert isinstance(second, protocol.Welcome)
         assert second.epoch > first.epoch
@@ -169,7 +169,7 @@ def test_a_stale_socket_is_replaced_and_the_epoch_grows(namespace: Namespace) ->
         epoch.write_text(f"{second.epoch + (1 << 60)}\n")
         node.start()
         with RawConnection(node.socket, greet=False) as raw:
-            third = raw.ask(protocol.Hello(1, 0, b""))
+            third = raw.ask(protocol.Hello(protocol.MAJOR, 0, b""))
         assert isinstance(third, protocol.Welcome)
         assert third.epoch == second.epoch + (1 << 60) + 1
 

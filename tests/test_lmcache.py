@@ -18,6 +18,7 @@ from kvstore.errors import InvalidRequest
 from kvstore.hashing import lmcache_namespace
 from kvstore.protocol import KEYS_MAX
 from tests.lmcache_objects import (
+    BYTES_ARE,
     IGNORED,
     KIB,
     MIB,
@@ -117,7 +118,8 @@ def push_out(store: StoreClient) -> None:
 
 def namespace_of(key: ObjectKey, **options: Any) -> Namespace:
     """Where the adapter should put it."""
-    return lmcache_namespace(key.model_name, key.kv_rank, key.object_group_id, key.cache_salt, **options)
+    fields = key.model_name, key.kv_rank, key.object_group_id, key.cache_salt
+    return lmcache_namespace(*fields, **{**BYTES_ARE, **options})
 
 
 def counted_by_lmcache(engine: Controllers) -> Any:
@@ -841,6 +843,52 @@ def test_usage_is_the_daemons_truth_also_for_a_fresh_adapter(
         assert used(fresh) == [0, 0, 0]
 
 
+def test_an_object_in_memory_and_on_disk_counts_once(tmp_path: Path, model: str) -> None:
+    with (
+        Node("64MiB", "--nvme", f"{tmp_path}:512MiB") as node,
+        Controllers(node.address) as engine,
+        node.client() as store,
+    ):
+        names = keys(8, model=model)
+        engine.store(names, MIB)
+        wait_for(lambda: store.statistics().tiers[1].blocks == 8)
+        usage = engine.adapter.get_usage()
+        assert dict(usage.bytes_by_cache_salt) == {"": 8 * MIB}
+        assert usage.total_capacity_bytes == store.statistics().tiers[1].capacity_bytes
+
+
+def test_lookups_of_what_is_not_here_leave_nothing(engine: Controllers, model: str) -> None:
+    for start in range(0, 3000, 100):
+        assert engine.lookup(keys(100, start, model=model)) == [False] * 100
+    assert engine.adapter._locks.check() == []
+    assert len(engine.adapter._locks._holds) == 0
+
+
+def test_lookups_side_by_side_lock_no_more_than_their_share(
+    node: Node, store: StoreClient, model: str
+) -> None:
+    names = keys(30, model=model)
+    with Controllers(node.address, threads=8) as engine:
+        engine.store(names, MIB)
+        tasks = [
+            engine.adapter.submit_lookup_and_lock_task(names[start : start + 6], {})
+            for start in (0, 6, 12, 18, 24) * 4
+        ]
+        results = {}
+
+        def all_ended() -> bool:
+            for task in tasks:
+                if task not in results:
+                    bitmap = engine.adapter.query_lookup_and_lock_result(task)
+                    if bitmap is not None:
+                        results[task] = bitmap.popcount()
+            return len(results) == len(tasks)
+
+        wait_for(all_ended)
+        assert set(results.values()) == {6}
+        assert engine.adapter.report_status()["pinned_bytes"] <= store.limits.pinned_bytes // 2
+
+
 def test_a_usage_is_a_snapshot_that_nobody_can_change(engine: Controllers, model: str) -> None:
     engine.store([key(1, model=model, salt=model)], 100)
     before = engine.adapter.get_usage()
@@ -1004,8 +1052,14 @@ def test_many_tasks_at_once_end_each_with_its_own_result(
 )
 def test_a_parameter_that_is_none_is_named(node: Node, values: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        KVStoreL2Adapter({"address": node.address, **values})
+        KVStoreL2Adapter({"address": node.address, **BYTES_ARE, **values})
     wait_for(lambda: not any(each.name.startswith("kvstore-") for each in threading.enumerate()), 5)
+
+
+def test_without_names_for_its_bytes_it_says_why_it_needs_them(node: Node) -> None:
+    for missing in BYTES_ARE:
+        with pytest.raises(InvalidRequest, match="name what the bytes are"):
+            KVStoreL2Adapter({"address": node.address, **BYTES_ARE, missing: ""})
 
 
 def test_without_an_address_it_says_what_it_needs() -> None:

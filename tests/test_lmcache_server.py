@@ -32,7 +32,7 @@ BENCH: Final = (
     *("--num-blocks", "256", "--block-size", "32", "--interval", "0"),
     *("--start", str(PROMPTS.start), "--end", str(PROMPTS.stop)),
 )
-NAMESPACE: Final = lmcache_namespace("test-model", lmcache_kv_rank(0, 1))
+NAMESPACE: Final = lmcache_namespace("test-model", lmcache_kv_rank(0, 1), dtype="any", layout="any")
 CHECKSUM: Final = re.compile(r"\[seq (\d+)/(cold|warm)\] CHECKSUM: (\w+) \(8 chunks\)")
 
 

@@ -80,7 +80,8 @@ def test_the_adapter_bench_finds_every_key_and_every_byte(node: Node, size_kib: 
         assert statistics.counters.sealed_blocks == statistics.counters.hit_blocks == stored
         assert statistics.tiers[0].pinned_blocks == 0
         for number in range(stored):  # of all rounds, under the names that a router computes
-            stored_bytes = store.get(lmcache_namespace("bench-model", number), number.to_bytes(16, "big"))
+            namespace = lmcache_namespace("bench-model", number, dtype="any", layout="any")
+            stored_bytes = store.get(namespace, number.to_bytes(16, "big"))
             assert stored_bytes == bytes([number % num_keys]) * (size_kib << 10)
 
 

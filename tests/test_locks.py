@@ -152,6 +152,7 @@ class LocksAndModel(RuleBasedStateMachine):
 
     @invariant()
     def the_statistics_are_those_of_the_model(self) -> None:
+        assert self.locks.check() == []
         held = [lookup for lookup in self.lookups if not lookup.over]
         assert self.locks.statistics() == LockStatistics(
             locks=sum(len(lookup.locked) for lookup in self.lookups),
@@ -166,6 +167,7 @@ class LocksAndModel(RuleBasedStateMachine):
         self.locks.unlock([*KEYS] * len(self.lookups))
         assert all(lookup.lease.ends == 1 for lookup in self.lookups)
         assert self.locks.statistics() == LockStatistics(0, 0, self.expired, 0)
+        assert self.locks.check() == []
 
 
 LocksAndModel.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

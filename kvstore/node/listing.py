@@ -4,9 +4,11 @@ A namespace's blocks are those in the arena, what the tiers below have beside it
 second time is for what has come up from a tier that gave it up before that tier's turn came.
 """
 
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Final
 
+from kvstore.block import Medium
 from kvstore.node.blocks import Block, Shelf
 from kvstore.node.directory import Directory
 from kvstore.node.promote import Shelves
@@ -59,3 +61,11 @@ def namespaces(directory: Directory, after: bytes, limit: int) -> tuple[list[lis
     ids = sorted(found)
     page = ids[:limit]
     return [found[name] for name in page], page[-1] if len(ids) > limit else b""
+
+
+def most_in_a_medium(shelves: Iterable[Shelf], count: Callable[[Shelf], int]) -> int:
+    """What the medium has that has the most: in each medium a block is in one tier, or in none."""
+    by_medium: dict[Medium, int] = {}
+    for shelf in shelves:
+        by_medium[shelf.tier.medium] = by_medium.get(shelf.tier.medium, 0) + count(shelf)
+    return max(by_medium.values())

@@ -329,8 +329,8 @@ class Session:
         page, after = listing.namespaces(self._store.directory, request.after, LIST_PAGE_MAX)
         return protocol.NamespacePage(
             [shelves[0].namespace for shelves in page],
-            [sum(len(shelf.sealed) for shelf in shelves) for shelves in page],
-            [sum(shelf.sealed_bytes for shelf in shelves) for shelves in page],
+            [listing.most_in_a_medium(shelves, lambda shelf: len(shelf.sealed)) for shelves in page],
+            [listing.most_in_a_medium(shelves, lambda shelf: shelf.sealed_bytes) for shelves in page],
             after,
         )
 
@@ -346,6 +346,8 @@ class Session:
         self._answer_later(request_id, verification.page(request.after))
 
     def _goodbye(self, _: int, __: protocol.Goodbye) -> protocol.Answer:
+        for task in self._tasks:  # or what is freed now would be granted to them
+            task.cancel()
         self._store.end(self.holder)
         for earlier in self._earlier:
             self._store.end(earlier)
