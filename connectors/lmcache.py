@@ -1,7 +1,8 @@
 """LMCache's server (MP mode) on this store: an L2 adapter, loaded as a plugin.
 
     lmcache server ... --l2-adapter '{"type": "plugin", "module_path": "connectors.lmcache",
-        "class_name": "KVStoreL2Adapter", "adapter_params": {"address": "unix:/run/kvstore/node.sock"}}'
+        "class_name": "KVStoreL2Adapter", "adapter_params": {"address": "unix:/run/kvstore/node.sock",
+        "dtype": "bfloat16", "layout": "LNHC"}}'
 
 The interface is that of LMCache 0.5.6, v1/distributed/l2_adapters/base.py: tasks are submitted, end some time
 later, and are asked about. Here every task ends within its deadline; a task that the daemon does not serve is
@@ -26,13 +27,13 @@ from lmcache.v1.memory_management import MemoryObj
 from lmcache.v1.multiprocess.cache_control.errors import Unavailable
 from lmcache.v1.platform import create_event_notifier
 
+from connectors.batches import Batches
 from connectors.copying import Pairs, bytes_of
 from connectors.daemon import Daemon
 from connectors.locks import Locks
 from connectors.namespaces import Namespaces
 from connectors.parameters import Parameters
 from connectors.tasks import Tasks
-from connectors.transfer import Transfer
 from kvstore.block import NAMESPACE_ID_BYTES, Namespace
 from kvstore.client import KEYS_MAX, EachLease, Item, StoreClient
 from kvstore.errors import InvalidRequest, KVStoreError, TierError
@@ -90,7 +91,7 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         self._scheme = like.scheme
         self._daemon = Daemon(parameters.address, timeout_s=parameters.silence_s, token=parameters.secret)
         self._namespaces = Namespaces(self._daemon, make, ours)
-        self._transfer = Transfer(self._daemon, parameters.threads)
+        self._batches = Batches(self._daemon, parameters.threads)
         self._locks: Locks[ObjectKey] = Locks(parameters.lock_age_max_s)
         self._stores: Tasks[L2StoreResult] = Tasks("store", parameters.threads, create_event_notifier())
         self._lookups: Tasks[Bitmap] = Tasks("lookup", parameters.threads, create_event_notifier())
@@ -124,7 +125,7 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
     def _store(self, keys: list[ObjectKey], objects: list[MemoryObj], deadline: float) -> L2StoreResult:
         sources = [bytes_of(each.byte_array) for each in objects]
         try:
-            nbytes = self._transfer.store(self._items(keys), [[source] for source in sources], deadline)
+            nbytes = self._batches.store(self._items(keys), [[source] for source in sources], deadline)
         except KVStoreError:
             self._count(failed_stores=len(keys))
             raise
@@ -225,7 +226,7 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
 
         with self._locks.reading(keys) as views:
             pinned = {index: views[key] for index, key in enumerate(keys) if key in views}
-            loaded = self._transfer.load(self._items(keys), place, deadline, pinned)
+            loaded = self._batches.load(self._items(keys), place, deadline, pinned)
         bitmap = Bitmap(len(keys))
         here = [index for index, is_loaded in enumerate(loaded) if is_loaded]
         for index in here:
@@ -330,10 +331,10 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         if self._closed.is_set():
             return
         self._closed.set()
-        self._transfer.stop()
+        self._batches.stop()
         for tasks in (self._stores, self._lookups, self._loads):
             tasks.close()
-        self._transfer.close()
+        self._batches.close()
         self._locks.clear()
         self._daemon.close()
 

@@ -28,11 +28,11 @@ from lmcache.v1.protocol import RemoteMetadata
 from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
 
+from connectors.batches import Batches
 from connectors.copying import Pairs, bytes_of
 from connectors.daemon import Daemon
 from connectors.namespaces import Namespaces
 from connectors.parameters import Parameters
-from connectors.transfer import Transfer
 from kvstore.block import Namespace
 from kvstore.client import KEYS_MAX, Item
 from kvstore.errors import InvalidRequest, KVStoreError
@@ -100,7 +100,7 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
 
         self._daemon = Daemon(parameters.address, timeout_s=parameters.silence_s, token=parameters.secret)
         self._namespaces = Namespaces(self._daemon, make, ours)
-        self._transfer = Transfer(self._daemon, parameters.threads)
+        self._batches = Batches(self._daemon, parameters.threads)
         self._puts = ThreadPoolExecutor(parameters.threads, thread_name_prefix="kvstore-put")
         self._gets = ThreadPoolExecutor(parameters.threads, thread_name_prefix="kvstore-get")
         self._questions = ThreadPoolExecutor(_QUESTION_THREADS, thread_name_prefix="kvstore-question")
@@ -158,7 +158,7 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
         def work() -> None:
             try:
                 parts = [self._parts(each) for each in memory_objs]
-                self._transfer.store(self._items(keys), parts, deadline)
+                self._batches.store(self._items(keys), parts, deadline)
             except KVStoreError as error:
                 self._daemon.complain(error)
 
@@ -210,7 +210,7 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
             return [(bytes_of(chunk.byte_array)[: len(data)], data)]
 
         try:
-            loaded = self._transfer.load(self._items(keys), place, deadline)
+            loaded = self._batches.load(self._items(keys), place, deadline)
         except BaseException:
             _give_up(chunks)
             raise
@@ -279,10 +279,10 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
             await asyncio.to_thread(self._close)
 
     def _close(self) -> None:
-        self._transfer.stop()
+        self._batches.stop()
         for threads in (self._puts, self._gets, self._questions):
             threads.shutdown(wait=True)
-        self._transfer.close()
+        self._batches.close()
         self._daemon.close()
 
     # Helpers.
@@ -345,14 +345,14 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
         return await self._in_thread(self._names, [])
 
 
-def _described_bytes(about: RemoteMetadata) -> int:
-    """How long a chunk of this description is; -1 if it describes none."""
+def _described_bytes(about: RemoteMetadata) -> int | None:
+    """How long a chunk of this description is; None if it describes none."""
     if about.fmt in (MemoryFormat.BINARY, MemoryFormat.BINARY_BUFFER):
         return int(about.shapes[0][0])
     nbytes = 0
     for shape, dtype in zip(about.shapes, about.dtypes, strict=True):
         if dtype is None or min(shape) <= 0:
-            return -1
+            return None
         nbytes += math.prod(shape) * dtype.itemsize
     return nbytes
 

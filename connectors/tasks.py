@@ -29,7 +29,6 @@ class Tasks(Generic[R]):
         self._notifier = notifier
         self._results: dict[int, R] = {}
         self._last_id = 0
-        self._under_way = 0
         self._lock = threading.Lock()
 
     def fileno(self) -> int:
@@ -40,7 +39,6 @@ class Tasks(Generic[R]):
         """Run `work`, which raises nothing, soon; the task's id."""
         with self._lock:
             self._last_id = task_id = self._last_id + 1
-            self._under_way += 1
         self._threads.submit(self._run, task_id, work)
         return task_id
 
@@ -55,11 +53,6 @@ class Tasks(Generic[R]):
             results, self._results = self._results, {}
             return results
 
-    @property
-    def under_way(self) -> int:
-        """Tasks that have not ended."""
-        return self._under_way
-
     def close(self) -> None:
         """Wait for the tasks under way, which use memory of others; then close the descriptor."""
         self._threads.shutdown(wait=True)
@@ -69,5 +62,4 @@ class Tasks(Generic[R]):
         result = work()
         with self._lock:
             self._results[task_id] = result
-            self._under_way -= 1
         self._notifier.notify()

@@ -723,6 +723,19 @@ async def test_an_exclusive_tier_gives_up_what_was_promoted_and_gets_it_back() -
 
 
 @in_virtual_time
+async def test_a_reader_has_what_it_waited_for_before_an_exclusive_tier_takes_it_back() -> None:
+    disk = await stored(b"a", length=QUARTER)
+    rules = Rules(on_eviction=True, exclusive=True, high_watermark=0.6, low_watermark=0.3)
+    async with Stage([disk], rules) as stage:
+        grant = stage.reserve([b"x", b"y"], QUARTER)  # with "a" that is too much, and only "a" may leave
+        lease = await stage.acquiring(b"a")
+        assert stage.bytes_of(lease) == [content(b"a", QUARTER)]
+        assert stage.lower.counters.read_blocks == 1
+        stage.release(lease)
+        stage.store.writers.abort(stage.holder, grant.lease.id)
+
+
+@in_virtual_time
 async def test_an_inclusive_tier_keeps_what_was_promoted() -> None:
     async with Stage([await stored(b"a")], ON_EVICTION) as stage:
         stage.release(await stage.acquiring(b"a"))

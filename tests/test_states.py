@@ -397,25 +397,29 @@ class States(RuleBasedStateMachine):
         if holder in self.gone:
             return
 
-        def lost() -> bool:
+        def lost() -> None:
             for waiting in self.waiting:
                 if waiting.holder is holder:
                     waiting.task.cancel()
-            return self.on.store.disconnect(holder)
+            if self.on.store.disconnect(holder):
+                for write in self.writes:
+                    write.lost = write.lost or write.holder is holder
+            else:
+                self.forget_holder(holder)
 
         self.gone.append(holder)
-        if self.do(lost):
-            for write in self.writes:
-                write.lost = write.lost or write.holder is holder
-        else:
-            self.forget_holder(holder)
+        self.do(lost)
 
     @precondition(lambda self: self.gone)
     @rule(data=st.data())
     def end(self, data: st.DataObject) -> None:
         holder = data.draw(st.sampled_from(self.gone))
-        self.do(lambda: self.on.store.end(holder))
-        self.forget_holder(holder)
+
+        def end() -> None:
+            self.on.store.end(holder)
+            self.forget_holder(holder)  # before anybody else is given its slots
+
+        self.do(end)
 
     def forget_holder(self, holder: Holder) -> None:
         """Its process is gone; another takes its place."""
@@ -579,6 +583,7 @@ class States(RuleBasedStateMachine):
                 tier.release()
             for holder in on.holders:
                 on.store.end(holder)
+            self.reads, self.writes = [], []
 
         self.do(end)
         self.reads, self.writes = [], []

@@ -200,10 +200,11 @@ class Promoter:
         if well:
             damaged = [load.source for load in loads if load.transfer.damaged]
             lower.damaged([source for source in damaged if source.state is State.SEALED])
-        self._promoted(lower, arrived)
+        # Readers first: what they have waited for is not to leave again before they have it.
         for load in loads:
             self._arena.waiting.wake(load.block)
         self._arena.waiting.wake(ROOM)
+        self._promoted(lower, arrived)
 
     def _ended(self, load: _Load, *, well: bool) -> bool:
         """End one load's copy; whether its block can be read now."""

@@ -31,7 +31,7 @@ _PATIENCE_S: Final = 1.0
 _LOOK_S: Final = 0.005
 
 
-class Transfer:
+class Batches:
     """Stores and loads for one connector. `threads` copy, and as many wait for what is on its way."""
 
     def __init__(self, daemon: Daemon, threads: int) -> None:
