@@ -76,25 +76,17 @@ class Disk(Protocol):
         """Leave no file behind."""
 
 
-class RawFile:
-    """One file that is there in full, and one system call a block: the limit."""
+class _Threaded:
+    """Stores and loads blocks one by one, in threads, by the two methods that it lacks."""
 
-    def __init__(self, directory: Path) -> None:
-        self._file, self._path = tempfile.mkstemp(prefix="raw-", dir=directory)
-        os.close(self._file)
-        self._file = os.open(self._path, os.O_RDWR | direct_flag(directory))
+    def __init__(self) -> None:
         self._blocks: Blocks | None = None
         self._sources: list[memoryview] = []
         self._destinations: list[memoryview] = []
 
-    def prepare(self, blocks: Blocks) -> Blocks:
-        os.posix_fallocate(self._file, 0, blocks.source.size)
+    def _take_on(self, blocks: Blocks) -> None:
         self._blocks = blocks
         self._sources, self._destinations = blocks.views(blocks.source), blocks.views(blocks.destination)
-        return blocks
-
-    def clear(self) -> None:
-        """It is overwritten in place."""
 
     def store(self, jobs: int) -> None:
         assert self._blocks is not None
@@ -103,6 +95,30 @@ class RawFile:
     def load(self, jobs: int) -> None:
         assert self._blocks is not None
         in_threads(jobs, self._blocks.batches(shuffled=True), self._load)
+
+    def _store(self, number: int) -> None:
+        raise NotImplementedError
+
+    def _load(self, number: int) -> None:
+        raise NotImplementedError
+
+
+class RawFile(_Threaded):
+    """One file that is there in full, and one system call a block: the limit."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self._file, self._path = tempfile.mkstemp(prefix="raw-", dir=directory)
+        os.close(self._file)
+        self._file = os.open(self._path, os.O_RDWR | direct_flag(directory))
+
+    def prepare(self, blocks: Blocks) -> Blocks:
+        os.posix_fallocate(self._file, 0, blocks.source.size)
+        self._take_on(blocks)
+        return blocks
+
+    def clear(self) -> None:
+        """It is overwritten in place."""
 
     def close(self) -> None:
         os.close(self._file)
@@ -131,38 +147,28 @@ class HashedFile(RawFile):
         xxhash.xxh3_64_intdigest(self._destinations[number])
 
 
-class FilePerBlock:
+class FilePerBlock(_Threaded):
     """Create, write and rename; open and read. What most engines' own disk caches do."""
 
     def __init__(self, directory: Path) -> None:
+        super().__init__()
         self._directory = directory / "files"
         self._directory.mkdir()
         self._flag = direct_flag(directory)
-        self._blocks: Blocks | None = None
         self._paths: list[str] = []
-        self._sources: list[memoryview] = []
-        self._destinations: list[memoryview] = []
 
     def prepare(self, blocks: Blocks) -> Blocks:
         """Of the first ones only, where there are very many: files are slow, and need no more to show it."""
         self.clear()
-        self._blocks = blocks = blocks.first(_FILES_MAX)
+        blocks = blocks.first(_FILES_MAX)
         self._paths = [str(self._directory / f"{number:08x}") for number in range(len(blocks))]
-        self._sources, self._destinations = blocks.views(blocks.source), blocks.views(blocks.destination)
+        self._take_on(blocks)
         return blocks
 
     def clear(self) -> None:
         for path in self._paths:
             with suppress(FileNotFoundError):
                 os.unlink(path)
-
-    def store(self, jobs: int) -> None:
-        assert self._blocks is not None
-        in_threads(jobs, self._blocks.batches(shuffled=False), self._store)
-
-    def load(self, jobs: int) -> None:
-        assert self._blocks is not None
-        in_threads(jobs, self._blocks.batches(shuffled=True), self._load)
 
     def close(self) -> None:
         shutil.rmtree(self._directory)
