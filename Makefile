@@ -6,7 +6,11 @@ ENGINES := .venv-engines
 BIN := $(VENV)/bin
 SHELL := /bin/bash
 
-.PHONY: run test test-engines demo bench lint clean
+# What of the tests reads, writes or frees blocks.
+MEMORY_TESTS := $(patsubst %,tests/test_%.py,client dram faults fuzz listing lmcache lmcache_faults lmcache_remote \
+	movement nvme_node room states stress tcp)
+
+.PHONY: run test test-engines test-debug demo bench lint clean
 
 run: $(VENV)/.daemon
 	@echo "Try it from another terminal:"
@@ -21,6 +25,9 @@ test: $(VENV)/.test
 
 test-engines: $(VENV)/.test $(ENGINES)/.engines
 	$(BIN)/python -m pytest tests/engines
+
+test-debug: $(VENV)/.test
+	KVSTORE_DEBUG=1 $(BIN)/python -m pytest $(MEMORY_TESTS)
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.demo
