@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.node.listing import Listing
+from kvstore.node.listing import Listings
 from kvstore.node.rules import Rules
 from tests.scripted import MIB, Disk, Stage, in_virtual_time, quiet, virtual_time
 
@@ -17,9 +17,9 @@ ON_EVICTION = Rules(on_eviction=True, high_watermark=1.0, low_watermark=1.0)
 
 def pages(stage: Stage, limit: int, between: Callable[[], object] = lambda: None) -> list[list[bytes]]:
     """The keys of all pages; something happens between two of them."""
-    listing, cursor, found = Listing(), 0, []
+    listings, cursor, found = Listings(), 0, []
     for _ in range(1000):
-        page, cursor = listing.page(stage.shelves, cursor, limit)
+        page, cursor = listings.page(stage.shelves, cursor, limit)
         assert len(page) <= limit
         found.append([block.key for block in page])
         if not cursor:
@@ -81,12 +81,12 @@ async def test_what_is_promoted_after_the_arena_was_listed_is_listed_below() -> 
     async with Stage([disk]) as stage:
         stage.put(*NAMES[:4])
     async with Stage([disk]) as stage:
-        listing = Listing()
-        page, cursor = listing.page(stage.shelves, 0, 10)
+        listings = Listings()
+        page, cursor = listings.page(stage.shelves, 0, 10)
         assert page == []
         stage.release(await stage.acquiring(NAMES[0]))
         while cursor:
-            more, cursor = listing.page(stage.shelves, cursor, 10)
+            more, cursor = listings.page(stage.shelves, cursor, 10)
             page += more
         assert [block.key for block in page] == NAMES[:4]
 
@@ -96,14 +96,14 @@ async def test_what_is_demoted_while_it_is_listed_is_listed_below() -> None:
     async with Stage([Disk(8 * MIB)], ON_EVICTION) as stage:
         for name in NAMES[:8]:
             stage.put(name)
-        listing = Listing()
-        page, cursor = listing.page(stage.shelves, 0, 2)
+        listings = Listings()
+        page, cursor = listings.page(stage.shelves, 0, 2)
         keys = [block.key for block in page]
         stage.store.movements.demoter.want(3 * LENGTH)
         await quiet()
         assert len(stage.shelves[1].sealed) == 3
         while cursor:
-            page, cursor = listing.page(stage.shelves, cursor, 2)
+            page, cursor = listings.page(stage.shelves, cursor, 2)
             keys += [block.key for block in page]
         assert set(keys) == set(NAMES[:8])
 
@@ -116,7 +116,7 @@ def test_a_cursor_that_was_never_given_out_does_no_harm(cursor: int) -> None:
             async with Stage([Disk(MIB)]) as stage:
                 stage.put(*NAMES[:3])
                 await quiet()
-                page, _ = Listing().page(stage.shelves, cursor, 10)
+                page, _ = Listings().page(stage.shelves, cursor, 10)
                 assert [block.key for block in page] in ([], NAMES[:3])
 
         loop.run_until_complete(scenario())
@@ -136,9 +136,9 @@ def test_a_block_that_is_here_all_the_while_is_listed_though_others_come_and_go(
                 here = set(NAMES[:16])
                 left = list(moves)
 
-                listing, cursor, keys = Listing(), 0, []
+                listings, cursor, keys = Listings(), 0, []
                 while True:
-                    page, cursor = listing.page(stage.shelves, cursor, limit)
+                    page, cursor = listings.page(stage.shelves, cursor, limit)
                     keys += [block.key for block in page]
                     if not cursor:
                         break
@@ -169,15 +169,33 @@ async def test_a_page_that_ends_with_a_block_being_demoted_does_not_end_the_list
 
 
 @in_virtual_time
+async def test_two_listings_of_one_client_do_not_disturb_each_other() -> None:
+    disk = Disk(8 * MIB)
+    async with Stage([disk]) as stage:
+        stage.put(*NAMES[:4])
+    async with Stage([disk]) as stage:
+        listings = Listings()
+        page, cursor = listings.page(stage.shelves, 0, 10)
+        assert page == []
+        stage.release(await stage.acquiring(*NAMES[:4]))
+        _, other = listings.page(stage.shelves, 0, 10)
+        assert other > 0
+        while cursor:
+            more, cursor = listings.page(stage.shelves, cursor, 10)
+            page += more
+        assert [block.key for block in page] == NAMES[:4]
+
+
+@in_virtual_time
 async def test_what_an_exclusive_tier_gave_up_after_the_arena_was_listed_is_listed() -> None:
     disk = Disk(8 * MIB)
     async with Stage([disk]) as stage:
         stage.put(*NAMES[:4])
     async with Stage([disk], Rules(on_eviction=True, exclusive=True)) as stage:
-        listing = Listing()
-        page, cursor = listing.page(stage.shelves, 0, 10)
+        listings = Listings()
+        page, cursor = listings.page(stage.shelves, 0, 10)
         stage.release(await stage.acquiring(NAMES[0]))
         while cursor:
-            more, cursor = listing.page(stage.shelves, cursor, 10)
+            more, cursor = listings.page(stage.shelves, cursor, 10)
             page += more
         assert {block.key for block in page} == set(NAMES[:4])

@@ -45,7 +45,7 @@ class Session:
         self._earlier: list[Holder] = []  # what this client holds of connections it lost
         # Whoever may open the socket needs no token.
         self._greeting = Greeting(None if holder.maps else host.token, holder.name)
-        self._listing = listing.Listing()
+        self._listings = listing.Listings()
         self._verifications: dict[int, Verification] = {}  # by tier
         self._handles = Handles(self._store.directory)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -321,7 +321,7 @@ class Session:
     def _list(self, _: int, request: protocol.ListKeys) -> protocol.Answer:
         shelves = self._handles.shelves(request.namespace)
         limit = min(request.limit, LIST_PAGE_MAX) if request.limit > 0 else LIST_PAGE_MAX
-        blocks, cursor = self._listing.page(shelves, request.after, limit)
+        blocks, cursor = self._listings.page(shelves, request.after, limit)
         keys = packing.pack_keys([block.key for block in blocks]) if blocks else protocol.Keys(b"", [])
         return protocol.Page(keys, [block.length for block in blocks], cursor)
 
