@@ -159,8 +159,8 @@ class Batches:
             other = [item for item, old, new in zip(items, here, lengths, strict=True) if old not in (0, new)]
             if not other:
                 raise
-            for namespace, key in other:
-                store.remove(namespace, [key])
+            for namespace, key in other:  # rare, and what a crash brings back is replaced again
+                store.remove(namespace, [key], lasting=False)
             return store.reserve_each(items, lengths, wait_s=wait_s)
 
     # Loads.

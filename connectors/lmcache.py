@@ -167,9 +167,13 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
     def _lock_found(self, keys: Sequence[ObjectKey], items: Sequence[Item], deadline: float) -> list[int]:
         """Lock what is here; the indices of it."""
         with self._daemon.asking() as store:
-            with self._pinning:
-                lease, pinned = self._pin(store, items)
+            if not self._pinning.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                return []
+            try:
+                lease, pinned = self._pin(store, items, deadline)
                 self._locks.add(lease, {keys[index]: view for index, view in pinned.items()}, ())
+            finally:
+                self._pinning.release()
             others = [index for index in range(len(keys)) if index not in pinned]
             if not others or time.monotonic() > deadline:
                 return list(pinned)
@@ -183,7 +187,7 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         return [*pinned, *unpinned]
 
     def _pin(
-        self, store: StoreClient, items: Sequence[Item]
+        self, store: StoreClient, items: Sequence[Item], deadline: float
     ) -> tuple[EachLease | None, dict[int, memoryview]]:
         """Pin what is in the arena, up to half of what we may pin; the other half is for loads from below.
 
@@ -203,7 +207,7 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         if len(fitting) == len(pinned):
             return lease, pinned
         lease.end_quietly()
-        if not fitting:
+        if not fitting or time.monotonic() > deadline:
             return None, {}
         lease = store.acquire_each([items[index] for index in fitting])
         views = zip(fitting, lease.views, strict=True)

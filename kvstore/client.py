@@ -287,16 +287,18 @@ class StoreClient:
         with self.acquire(namespace, [key], wait_s=timeout_s) as read:
             return bytes(read.views[0]) if read.hit_length else None
 
-    def remove(self, namespace: Namespace, keys: Sequence[bytes]) -> int:
+    def remove(self, namespace: Namespace, keys: Sequence[bytes], *, lasting: bool = True) -> int:
         """Hide these blocks now, everywhere; how many were here. Pinned ones are freed at their release.
+
+        When it returns no restart of the daemon brings them back. Without `lasting` that is not waited for.
 
         Raises:
             TierError: they are hidden, but a tier that fails now may bring them back with a restart.
         """
         packed = packing.pack_keys(keys)
         link = self._connected()
-        request = protocol.Remove(link.handle(namespace), packed)
-        answer = self._call(link, request, _LASTING_S).answer
+        request = protocol.Remove(link.handle(namespace), packed, lasting)
+        answer = self._call(link, request, _LASTING_S if lasting else 0.0).answer
         assert isinstance(answer, protocol.Count)
         return answer.count
 

@@ -147,8 +147,11 @@ class HitEach(Message, tag=12):
 
 
 class Remove(Message, tag=13):
+    """Hide blocks now; answered at once unless it is to be `lasting`, when it is."""
+
     namespace: int
     keys: Keys
+    lasting: bool = True
 
 
 class ListKeys(Message, tag=14):

@@ -11,17 +11,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from connectors.copying import bytes_of
 from kvstore.block import Namespace
-from kvstore.client import StoreClient
+from kvstore.client import copy
 from kvstore.errors import DeadlineExceeded
+from kvstore.keeper import Keeper
 from tests.lmcache_objects import (
     IGNORED,
     KIB,
     MIB,
-    SLACK_S,
+    UNTOUCHED,
     Controllers,
     ObjectKey,
     Unavailable,
@@ -35,7 +38,19 @@ from tests.lmcache_objects import (
     threads_of,
     wrong,
 )
-from tests.node import Node, child, open_files, wait_for
+from tests.node import (
+    SLACK_S,
+    Node,
+    child,
+    empty,
+    idle,
+    node_with_bad_disk,
+    open_files,
+    own_threads,
+    pinned,
+    wait_for,
+    written,
+)
 
 pytestmark = pytest.mark.filterwarnings(IGNORED)
 
@@ -55,34 +70,29 @@ def nothing_is_left(node: Node) -> Iterator[None]:
     if node.process.poll() is not None:  # the test has failed before it could
         node.start()
     with node.client() as store:
-        wait_for(lambda: pinned(store) == store.statistics().tiers[0].pending_blocks == 0, 5)
+        wait_for(lambda: idle(store), 5)
         assert store.check() == []
-    wait_for(lambda: own_threads() == [], 5)
+    wait_for(lambda: not own_threads(), 5)
 
 
-@contextmanager
-def stopped(node: Node) -> Iterator[None]:
-    """The daemon does nothing for a while."""
-    os.kill(node.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(node.pid, signal.SIGCONT)
+@pytest.fixture(scope="module")
+def node_and_faults() -> Iterator[tuple[Node, Path]]:
+    """A daemon with an arena of 16 MiB and a disk, and the file that says what the disk does."""
+    with node_with_bad_disk() as both:
+        yield both
+
+
+@pytest.fixture
+def bad_disk(node_and_faults: tuple[Node, Path]) -> Iterator[tuple[Node, Path]]:
+    """The same, which every test leaves running."""
+    yield node_and_faults
+    if node_and_faults[0].process.poll() is not None:
+        node_and_faults[0].start()
 
 
 def healthy(engine: Controllers) -> bool:
     """What the adapter says of itself."""
     return bool(engine.adapter.report_status()["is_healthy"])
-
-
-def pinned(store: StoreClient) -> int:
-    """Blocks that somebody has pinned."""
-    return store.statistics().tiers[0].pinned_blocks
-
-
-def own_threads() -> list[str]:
-    """Threads of ours in this process."""
-    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("kvstore-"))
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -99,27 +109,35 @@ def test_a_daemon_that_is_killed_at_any_moment_costs_misses_and_never_a_wrong_by
     rng = random.Random()
     batches = [keys(14, 100 * number, kv_rank=rank(number % 2, 2)) for number in range(3)]
     expected = {each: content(each, MIB) for names in batches for each in names}
+    untouched = bytes([UNTOUCHED]) * MIB
     with Controllers(node.address, timeout_s=1.0, transfer_timeout_s=2.0, patience_s=10) as engine:
         over = threading.Event()
         loaded = itertools.count()
         done = [0, 0]
 
         def writes() -> None:
-            for names in itertools.cycle(batches):
-                if over.is_set():
-                    return
-                seconds = timed(lambda names=names: engine.store(names, MIB))  # type: ignore[misc]
-                assert seconds < 2.0 + 1.0 + SLACK_S
-                done[0] += 1
-
-        def reads() -> None:
-            for names in itertools.cycle(batches):
+            sources = [[memory(MIB, expected[each]) for each in names] for names in batches]
+            for names, objects in itertools.cycle(zip(batches, sources, strict=True)):
                 if over.is_set():
                     return
                 started = time.monotonic()
+                result = engine.stored(engine.adapter.submit_store_task(names, objects))
+                assert time.monotonic() - started < 2.0 + 1.0 + SLACK_S
+                done[0] += 1
+                if not result.is_successful():
+                    over.wait(0.005)  # or this process would take the cores from a daemon that starts
+
+        def reads() -> None:
+            buffers = [memory(MIB) for _ in batches[0]]
+            for names in itertools.cycle(batches):
+                if over.is_set():
+                    return
+                for buffer in buffers:
+                    copy(bytes_of(buffer.byte_array), memoryview(untouched))
+                started = time.monotonic()
                 found = engine.lookup(names)
                 assert time.monotonic() - started < 1.0 + SLACK_S
-                is_in, buffers = engine.load_into(names, MIB)
+                is_in = engine.loaded(engine.adapter.submit_load_task(names, buffers), len(names))
                 assert time.monotonic() - started < 3.0 + SLACK_S
                 engine.unlock([each for each, here in zip(names, found, strict=True) if here])
                 for each, here, buffer in zip(names, is_in, buffers, strict=True):
@@ -127,6 +145,8 @@ def test_a_daemon_that_is_killed_at_any_moment_costs_misses_and_never_a_wrong_by
                         next(loaded)
                         assert bytes_in(buffer) == expected[each]
                 done[1] += 1
+                if not any(found):
+                    over.wait(0.005)
 
         with threads_of(writes, reads, reads):
             try:
@@ -147,6 +167,93 @@ def test_a_daemon_that_is_killed_at_any_moment_costs_misses_and_never_a_wrong_by
         assert engine.fetch(batches[0], MIB) == contents(batches[0], MIB)
         with node.client() as store:
             wait_for(lambda: pinned(store) == 0)
+
+
+def kill_in_a_copy(node: Node, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let the daemon be killed when so many blocks have been copied, by whomever."""
+    numbers, counting = itertools.count(), threading.Lock()
+
+    def copy_or_kill(target: memoryview, source: memoryview) -> None:
+        with counting:
+            if next(numbers) == number:
+                node.kill()
+        copy(target, source)
+
+    monkeypatch.setattr("connectors.copying.copy", copy_or_kill)
+    monkeypatch.setattr("connectors.batches.copy", copy_or_kill)
+
+
+@pytest.mark.parametrize("number", [0, 5])
+def test_a_daemon_that_is_killed_in_the_middle_of_a_store_has_none_of_it(
+    bad_disk: tuple[Node, Path],
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    node, _ = bad_disk
+    model = f"store{number}"
+    old, new = keys(4, model=model), keys(8, 100, model=model)
+    with Controllers(node.address, timeout_s=1.0, transfer_timeout_s=2.0) as engine:
+        assert engine.store(old, 500 * KIB).is_successful()
+        with node.client() as store:
+            wait_for(lambda: written(store))
+        kill_in_a_copy(node, monkeypatch, number)
+        results = []
+        assert timed(lambda: results.append(engine.store([*new, *old], 500 * KIB))) < 2.0 + SLACK_S
+        assert not results[0].is_successful()
+        monkeypatch.undo()
+        assert node.process.poll() is not None
+        assert engine.fetch([*old, *new], 500 * KIB) == [None] * 12
+        node.start()
+        wait_for(lambda: healthy(engine))
+        # What was on disk is back, and nothing else.
+        assert engine.fetch([*old, *new], 500 * KIB) == [*contents(old, 500 * KIB), *[None] * 8]
+        assert engine.store([*new, *old], 500 * KIB).bytes_transferred() == 8 * 500 * KIB
+        assert engine.fetch([*old, *new], 500 * KIB) == contents([*old, *new], 500 * KIB)
+    assert_all_is_well(node, caplog)
+
+
+@pytest.mark.parametrize("locked", [True, False], ids=["locked", "not locked"])
+def test_a_daemon_that_is_killed_in_the_middle_of_a_load_costs_misses_and_no_wrong_byte(
+    bad_disk: tuple[Node, Path],
+    locked: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    node, _ = bad_disk
+    names = keys(12, model=f"load{locked}")
+    # One thread, so that what is not locked comes in windows of four, one after the other.
+    with Controllers(node.address, timeout_s=1.0, transfer_timeout_s=2.0, threads=1) as engine:
+        assert engine.store(names, 500 * KIB).is_successful()
+        with node.client() as store:
+            wait_for(lambda: written(store))
+        if locked:
+            assert engine.lookup(names) == [True] * 12
+        kill_in_a_copy(node, monkeypatch, 2)
+        got: list[bytes | None] = []
+        assert timed(lambda: got.extend(engine.load(names, 500 * KIB))) < 2.0 + SLACK_S
+        monkeypatch.undo()
+        assert node.process.poll() is not None
+        assert wrong(names, got, 500 * KIB) == []
+        # What was locked is copied though the daemon is dead; of what was not, only what had been asked for.
+        assert locked or None in got
+        assert engine.adapter.report_status()["failed_loads"] == got.count(None)
+        engine.unlock(names)
+        node.start()
+        wait_for(lambda: healthy(engine))
+        assert engine.fetch(names, 500 * KIB) == contents(names, 500 * KIB)
+        status = engine.adapter.report_status()
+        assert (status["locks"], status["leases"]) == (0, 0)
+    assert_all_is_well(node, caplog)
+
+
+def assert_all_is_well(node: Node, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is held, a recount finds nothing wrong, and no task has raised anything."""
+    with node.client() as store:
+        wait_for(lambda: idle(store), 5)
+        assert store.check() == []
+    assert not any(record.exc_info for record in caplog.records)
+    assert "Traceback" not in node.log, node.log
 
 
 def test_locks_of_before_a_restart_are_undone_and_promise_nothing(node: Node) -> None:
@@ -212,7 +319,7 @@ def test_a_daemon_that_hangs_costs_its_deadline_once_and_then_nothing(
     with Controllers(node.address, timeout_s=0.6, transfer_timeout_s=1.2) as engine:
         engine.store(names, 100 * KIB)
         assert engine.lookup(names[:4]) == [True] * 4
-        with stopped(node):
+        with node.stopped():
             tasks = {
                 "lookup": lambda: engine.lookup(names),
                 "store": lambda: engine.store(keys(8, 100), 100 * KIB),
@@ -248,15 +355,108 @@ def test_a_daemon_that_hangs_costs_its_deadline_once_and_then_nothing(
         engine.unlock(names[:4])
         # What came of the calls that nobody waited for is undone.
         with node.client() as store:
-            wait_for(lambda: pinned(store) == store.statistics().tiers[0].pending_blocks == 0, 5)
+            wait_for(lambda: idle(store), 5)
 
 
 def test_a_first_lookup_of_a_daemon_that_hangs_ends_in_time_too(node: Node) -> None:
     # Its namespaces have not been opened yet, nor compared.
-    with Controllers(node.address, timeout_s=0.6) as engine, stopped(node):
+    with Controllers(node.address, timeout_s=0.6) as engine, node.stopped():
         names = [key(index, kv_rank=rank(index % 4, 4), salt=f"s{index}") for index in range(16)]
         assert timed(lambda: engine.lookup(names)) < 0.6 + SLACK_S
         assert not healthy(engine)
+
+
+def test_a_daemon_that_hangs_is_noticed_by_a_store_that_waits_for_room(node: Node) -> None:
+    namespace, names = Namespace("full"), [b"%d" % number for number in range(30)]
+    with (
+        Controllers(node.address, timeout_s=0.4, transfer_timeout_s=5.0) as engine,
+        node.client() as one,
+        node.client() as two,
+        one.reserve(namespace, names, MIB, wait_s=5) as mine,
+        two.reserve(Namespace("full too"), names, MIB, wait_s=5) as theirs,
+    ):
+        assert (mine.granted, theirs.granted) == (names, names)
+        refused = one.statistics().counters.refused_blocks
+        task = engine.submit_store(keys(8, model="waiting"), MIB)
+        wait_for(lambda: one.statistics().counters.refused_blocks > refused)
+        with node.stopped():
+            started = time.monotonic()
+            assert not engine.stored(task).is_successful()
+            # It asks anew every second, and an answer may be 0.2 s late.
+            assert time.monotonic() - started < 1.2 + SLACK_S
+            assert not healthy(engine)
+        wait_for(lambda: healthy(engine))
+
+
+# A slow disk.
+
+
+def test_lookups_at_a_daemon_that_is_slow_but_not_away_are_over_in_time(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, delay_s = Keeper.call, 0.0
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(delay_s)
+        return call(*arguments, **options)
+
+    monkeypatch.setattr(Keeper, "call", slow)
+    names = keys(80)
+    with Controllers(node.address, timeout_s=0.8, threads=8) as engine:
+        assert engine.store(names, 1000).is_successful()
+        delay_s = 0.35
+        parts = [names[start : start + 10] for start in range(0, 80, 10)]
+        started = time.monotonic()
+        tasks = [engine.adapter.submit_lookup_and_lock_task(part, {}) for part in parts]
+        found = [engine.found(task, 10) for task in tasks]
+        assert time.monotonic() - started < 0.8 + SLACK_S / 4
+        assert [True] * 10 in found
+        assert healthy(engine)
+
+
+@pytest.mark.parametrize("fault", ["1.0", "hang", "error"])
+def test_replacing_blocks_of_another_length_waits_for_no_disk(
+    bad_disk: tuple[Node, Path], fault: str
+) -> None:
+    node, faults = bad_disk
+    names = keys(4, model=f"forgetting {fault}")
+    with Controllers(node.address, timeout_s=0.6, transfer_timeout_s=1.2) as engine:
+        assert engine.store(names, 1000).is_successful()
+        with node.client() as store:
+            wait_for(lambda: written(store))
+        faults.write_text(f"forgetting {fault}\n")
+        try:
+            results = []
+            assert timed(lambda: results.append(engine.store(names, 2000))) < 1.2
+            assert results[0].bytes_transferred() == 8000
+            assert engine.fetch(names, 2000) == contents(names, 2000)
+        finally:
+            faults.unlink()
+    with node.client() as store:
+        wait_for(lambda: not store.statistics().tiers[1].breaker_open, 10)
+
+
+def test_what_comes_from_a_slow_disk_is_asked_for_until_it_is_here(
+    bad_disk: tuple[Node, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each question waits for a part only of the time that the disk takes.
+    monkeypatch.setattr("connectors.batches._PATIENCE_S", 0.1)
+    node, faults = bad_disk
+    names = keys(8, model="slow disk")
+    with Controllers(node.address) as engine, node.client() as store:
+        assert engine.store(names, 256 * KIB).is_successful()
+        wait_for(lambda: written(store))
+        for number in range(20):
+            store.put(Namespace("flood"), b"%d" % number, bytes(MIB))
+        wait_for(lambda: written(store))
+        faults.write_text("reading 0.4\n")
+        try:
+            started = time.monotonic()
+            assert engine.load(names, 256 * KIB) == contents(names, 256 * KIB)
+            assert time.monotonic() - started > 0.4
+        finally:
+            faults.unlink()
+        assert healthy(engine)
 
 
 # Another version.
@@ -325,65 +525,66 @@ def test_closing_waits_for_the_tasks_under_way_and_no_longer(node: Node) -> None
         buffers = [memory(MIB, content(each, MIB)) for each in names]
         for start in range(0, 20, 5):
             engine.adapter.submit_store_task(names[start : start + 5], buffers[start : start + 5])
+        targets = [memory(MIB) for _ in names]
         for _ in range(50):
             engine.adapter.submit_lookup_and_lock_task(names, {})
-            engine.adapter.submit_load_task(names, [memory(MIB) for _ in names])
+            engine.adapter.submit_load_task(names, targets)
         assert timed(engine.close) < 2.0 + SLACK_S
-        wait_for(lambda: own_threads() == ["kvstore-ends"], 5)  # the other client's
-        wait_for(lambda: pinned(store) == store.statistics().tiers[0].pending_blocks == 0, 5)
+        wait_for(lambda: [each.name for each in own_threads()] == ["kvstore-ends"], 5)  # the other client's
+        wait_for(lambda: idle(store), 5)
     engine.close()
 
 
-def test_closing_is_bounded_when_the_daemon_hangs() -> None:
-    names = keys(8)
-    wait_for(lambda: own_threads() == [], 5)
-    with Node() as node:
-        descriptors = open_files(os.getpid())
-        engine = Controllers(node.address, timeout_s=0.6, transfer_timeout_s=1.0)
-        engine.store(names, MIB)
-        engine.lookup(names[:4])
-        with stopped(node):
-            for _ in range(10):
-                engine.adapter.submit_lookup_and_lock_task(names, {})
-                engine.adapter.submit_load_task(names, [memory(MIB) for _ in names])
-                engine.adapter.submit_store_task(keys(2, 100), [memory(MIB), memory(MIB)])
-            assert timed(engine.close) < 1.0 + 0.6 + SLACK_S
-            wait_for(lambda: own_threads() == [], 5)
-        wait_for(lambda: open_files(os.getpid()) <= descriptors, 5)
+def test_closing_is_bounded_when_the_daemon_hangs(node: Node) -> None:
+    names, more = keys(8, model="closing"), keys(2, 100, model="closing")
+    wait_for(lambda: not own_threads(), 5)
+    descriptors = open_files(os.getpid())
+    engine = Controllers(node.address, timeout_s=0.4, transfer_timeout_s=0.6)
+    engine.store(names, MIB)
+    engine.lookup(names[:4])
+    with node.stopped():
+        for _ in range(10):
+            engine.adapter.submit_lookup_and_lock_task(names, {})
+            engine.adapter.submit_load_task(names, [memory(MIB) for _ in names])
+            engine.adapter.submit_store_task(more, [memory(MIB), memory(MIB)])
+        assert timed(engine.close) < 0.6 + 0.4 + SLACK_S
+        wait_for(lambda: not own_threads(), 5)
+    wait_for(lambda: open_files(os.getpid()) <= descriptors, 5)
 
 
 @pytest.mark.parametrize("kind", ["lookup", "load", "store"])
-def test_what_a_closed_adapter_had_asked_a_hanging_daemon_for_is_given_back(kind: str) -> None:
+def test_what_a_closed_adapter_had_asked_a_hanging_daemon_for_is_given_back(node: Node, kind: str) -> None:
     # Its process lives on: LMCache's server may remove an adapter and add another one.
-    names = keys(8)
-    with Node() as node, node.client() as store:
+    names = keys(8, model=kind)
+    with node.client() as store:
         engine = Controllers(node.address, timeout_s=0.4, transfer_timeout_s=0.6)
         engine.store(names, MIB)
-        with stopped(node):
+        with node.stopped():
             for number in range(3):
                 if kind == "lookup":
                     engine.adapter.submit_lookup_and_lock_task(names, {})
                 elif kind == "load":
                     engine.adapter.submit_load_task(names, [memory(MIB) for _ in names])
                 else:
-                    engine.adapter.submit_store_task(keys(1, 100 + number), [memory(MIB)])
+                    engine.adapter.submit_store_task(keys(1, 100 + number, model=kind), [memory(MIB)])
             engine.close()
         wait_for(lambda: store.statistics().connections == 1)
         wait_for(lambda: pinned(store) == 0, 2)
         wait_for(lambda: store.statistics().quarantined_leases == 0, 2)
 
 
-def test_what_a_closing_client_still_waited_for_is_granted_to_nobody() -> None:
+def test_what_a_closing_client_still_waited_for_is_granted_to_nobody(node: Node) -> None:
     namespace = Namespace(model="goodbye")
-    with Node() as node, node.client() as store:
+    with node.client() as store:
+        empty(store)
         other = node.client(timeout_s=0.2)
         held = other.reserve(namespace, [b"held"], 24 * MIB)
         assert held.granted
         with node.client() as third:
             full = third.reserve(namespace, [b"full"], 28 * MIB)
-            with stopped(node), pytest.raises(DeadlineExceeded):
+            with node.stopped(), pytest.raises(DeadlineExceeded):
                 other.reserve(namespace, [b"waited for"], 20 * MIB, wait_s=0.1)
-            with stopped(node), pytest.raises(DeadlineExceeded):
+            with node.stopped(), pytest.raises(DeadlineExceeded):
                 other.acquire(namespace, [b"full"], wait_s=0.1)
             other.close()
             wait_for(lambda: store.statistics().connections == 2)
@@ -395,7 +596,7 @@ def test_what_a_closing_client_still_waited_for_is_granted_to_nobody() -> None:
 def test_fifty_adapters_opened_and_closed_leave_nothing(node: Node) -> None:
     names = keys(2)
     Controllers(node.address).close()
-    wait_for(lambda: own_threads() == [], 5)
+    wait_for(lambda: not own_threads(), 5)
     before, theirs = open_files(os.getpid()), open_files(node.pid)
     for number in range(50):
         with Controllers(node.address) as engine:
@@ -403,7 +604,7 @@ def test_fifty_adapters_opened_and_closed_leave_nothing(node: Node) -> None:
                 engine.store(names, 1000)
                 assert engine.lookup(names) == [True, True]
                 assert engine.load(names, 1000) == contents(names, 1000)
-    wait_for(lambda: own_threads() == [], 5)
+    wait_for(lambda: not own_threads(), 5)
     wait_for(lambda: open_files(os.getpid()) <= before, 5)
     wait_for(lambda: open_files(node.pid) <= theirs, 5)
 
@@ -494,7 +695,7 @@ def test_threads_that_do_everything_at_once_see_only_right_bytes(tmp_path: Path,
             ):
                 pass
             assert min(done.values()) > 5, done
-            wait_for(lambda: pinned(store) == store.statistics().tiers[0].pending_blocks == 0, 5)
+            wait_for(lambda: idle(store), 5)
             status = engine.adapter.report_status()
             assert (status["locks"], status["leases"]) == (0, 0)
             assert status["is_healthy"]

@@ -306,6 +306,9 @@ class Session:
         count, lasting = self._store.remove(self._handles.shelves(request.namespace), keys)
         if lasting is None:
             return protocol.Count(count)
+        if not request.lasting:
+            lasting.close()
+            return protocol.Count(count)
 
         async def wait() -> protocol.Answer:
             await lasting
