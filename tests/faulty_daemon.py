@@ -1,9 +1,10 @@
-"""`kvstore`, whose NVMe tier sleeps, hangs or fails as a file says, and whose wall clock may be set back.
+"""`kvstore` with a bad disk, a wall clock that is set back, or less patience with its clients.
 
-The tier is the real one and does real I/O; a fault strikes in its threads, where a bad disk would. The file
-that KVSTORE_FAULTS names has a line for each fault: the beginning of an action ("reading", "writing",
+The NVMe tier is the real one and does real I/O; a fault strikes in its threads, where a bad disk would. The
+file that KVSTORE_FAULTS names has a line for each fault: the beginning of an action ("reading", "writing",
 "forgetting", "looking", "opening", or "" for all), and "hang", "error" or seconds to sleep.
-KVSTORE_CLOCK_SHIFT_S is added to the wall clock; the monotonic one goes on as it is.
+KVSTORE_CLOCK_SHIFT_S is added to the wall clock; the monotonic one goes on as it is. KVSTORE_FRAME_TIMEOUT_S
+is how long a client may take for a frame, a hello or an answer.
 """
 
 import errno
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import kvstore.node.server
 import kvstore.serve
 from kvstore.__main__ import main
 from tiers.nvme import NvmeTier
@@ -60,5 +62,7 @@ def _shift_clock(seconds: float) -> None:
 if __name__ == "__main__":
     if "KVSTORE_FAULTS" in os.environ:
         kvstore.serve.NvmeTier = FaultyTier  # type: ignore[misc]
+    if "KVSTORE_FRAME_TIMEOUT_S" in os.environ:
+        kvstore.node.server.FRAME_TIMEOUT_S = float(os.environ["KVSTORE_FRAME_TIMEOUT_S"])  # type: ignore[misc]
     _shift_clock(float(os.environ.get("KVSTORE_CLOCK_SHIFT_S", "0")))
     main()

@@ -8,16 +8,20 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from kvstore import protocol
 from kvstore.block import Namespace
 from kvstore.client import StoreClient
+
+# What a busy machine may add to a deadline.
+SLACK_S: Final = 1.0
 
 
 class Node:
@@ -94,6 +98,15 @@ class Node:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self._reap()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """SIGSTOP: it does and answers nothing meanwhile."""
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
 
     def check(self) -> None:
         """Let it recount all it has: nothing may be wrong."""
@@ -204,6 +217,64 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"
         time.sleep(0.005)
+
+
+@contextmanager
+def node_with_disk(dram: str = "64MiB", capacity: str = "512MiB") -> Iterator[Node]:
+    """A daemon with an NVMe tier in a directory that goes with it; at the end nothing may be wrong in it."""
+    with (
+        tempfile.TemporaryDirectory(prefix="kvstore-disk-") as folder,
+        Node(dram, "--nvme", f"{folder}/nvme:{capacity}") as node,
+    ):
+        yield node
+        node.check()
+
+
+@contextmanager
+def node_with_bad_disk(dram: str = "16MiB", capacity: str = "64MiB") -> Iterator[tuple[Node, Path]]:
+    """The same with a disk that does as a file says, and that file: see `tests.faulty_daemon`."""
+    with tempfile.TemporaryDirectory(prefix="kvstore-disk-") as folder:
+        faults = Path(folder) / "faults"
+        flags = (dram, "--nvme", f"{folder}/nvme:{capacity}")
+        environ = {"KVSTORE_FAULTS": str(faults)}
+        with Node(*flags, environ=environ, module="tests.faulty_daemon") as node:
+            try:
+                yield node, faults
+                node.check()
+            finally:
+                faults.unlink(missing_ok=True)
+
+
+def pinned(store: StoreClient) -> int:
+    """Blocks of the arena that somebody has pinned."""
+    return store.statistics().tiers[0].pinned_blocks
+
+
+def idle(store: StoreClient) -> bool:
+    """Whether nobody has anything of the arena pinned, reserved, or removed and still in use."""
+    tier = store.statistics().tiers[0]
+    return tier.pinned_blocks == tier.pending_blocks == tier.doomed_blocks == 0
+
+
+def written(store: StoreClient) -> bool:
+    """Whether everything is on disk."""
+    return all(tier.backlog_blocks + tier.pending_blocks == 0 for tier in store.statistics().tiers[1:])
+
+
+def empty(store: StoreClient) -> None:
+    """Remove everything."""
+    for use in store.namespaces():
+        cursor: int | None = 0
+        while cursor is not None:
+            page = store.list(use.namespace, cursor)
+            if page.keys:
+                store.remove(use.namespace, page.keys)
+            cursor = page.cursor
+
+
+def own_threads() -> set[threading.Thread]:
+    """The threads of clients and connectors in this process."""
+    return {each for each in threading.enumerate() if each.name.startswith("kvstore-")}
 
 
 def open_files(pid: int) -> int:

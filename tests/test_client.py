@@ -3,18 +3,37 @@
 import gc
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from kvstore.block import HitLength, Namespace
-from kvstore.client import StoreClient, copy
+from kvstore.client import KEYS_MAX, StoreClient, copy
 from kvstore.errors import DeadlineExceeded, InvalidRequest, LeaseError, Unavailable
 from kvstore.protocol import LIST_PAGE_MAX
-from tests.node import Node, wait_for
+from tests.node import Node, empty, idle, node_with_bad_disk, wait_for, written
 
 MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[Node]:
+    """A daemon with an arena of 64 MiB for all tests, emptied after each."""
+    with Node() as node:
+        yield node
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(node: Node) -> Iterator[None]:
+    """In the end nothing is held, nothing is here, and a recount finds nothing wrong."""
+    yield
+    with node.client() as store:
+        wait_for(lambda: idle(store) and store.statistics().connections == 1)
+        assert store.check() == []
+        empty(store)
+        assert store.statistics().tiers[0].used_bytes == 0
 
 
 def keys(count: int, tag: str = "k") -> list[bytes]:
@@ -150,12 +169,13 @@ def test_reserve_waits_for_room(node: Node, namespace: Namespace) -> None:
 
 
 def test_pinned_blocks_survive_twice_the_arena_of_new_ones(store: StoreClient, namespace: Namespace) -> None:
+    before = store.statistics().counters.evicted_blocks
     fill(store, namespace, keys(8), MIB)
     with store.acquire(namespace, keys(8)) as read:
         for batch in range(8):
             fill(store, namespace, keys(16, f"batch{batch}-"), MIB)
         assert [bytes(view) for view in read.views] == [pattern(key, MIB) for key in keys(8)]
-    assert store.statistics().counters.evicted_blocks > 50
+    assert store.statistics().counters.evicted_blocks - before > 50
 
 
 def test_a_client_at_its_pin_limit_gets_shorter_hits(store: StoreClient, namespace: Namespace) -> None:
@@ -195,6 +215,18 @@ def test_removed_blocks_are_hidden_at_once_and_freed_at_the_last_release(
         assert store.statistics().tiers[0].doomed_blocks == 1
     assert store.remove(namespace, keys(1)) == 1
     wait_for(lambda: store.statistics().tiers[0].doomed_blocks == 0)
+
+
+def test_a_remove_waits_for_a_disk_that_takes_longer_than_any_other_call_may(namespace: Namespace) -> None:
+    with node_with_bad_disk() as (node, faults), node.client(timeout_s=0.3) as store:
+        fill(store, namespace, keys(3))
+        wait_for(lambda: written(store))
+        faults.write_text("forgetting 0.8\n")
+        started = time.monotonic()
+        assert store.remove(namespace, keys(2)) == 2
+        assert time.monotonic() - started > 0.8
+        assert store.lost is None
+        assert store.hit_each([(namespace, key) for key in keys(3)]) == [False, False, True]
 
 
 def test_list_pages_through_a_namespace(store: StoreClient, namespace: Namespace) -> None:
@@ -237,11 +269,15 @@ def test_namespaces_are_listed_with_what_they_hold(store: StoreClient, namespace
     assert [use.namespace for use in store.namespaces()] == [namespace]
 
 
-def test_more_namespaces_than_a_page_holds_are_all_listed(store: StoreClient) -> None:
+def test_more_namespaces_than_a_page_holds_are_all_listed() -> None:
     salts = [f"salt {number}" for number in range(LIST_PAGE_MAX + 10)]
-    for salt in salts:
-        fill(store, Namespace(model="m", salt=salt), keys(1), 16)
-    assert sorted(use.namespace.salt for use in store.namespaces()) == sorted(salts)
+    items = [(Namespace(model="m", salt=salt), b"k") for salt in salts]
+    with Node("32MiB") as node, node.client() as store:
+        for start in range(0, len(items), KEYS_MAX):
+            with store.reserve_each(items[start : start + KEYS_MAX], 16) as write:
+                write.commit()
+        assert sorted(use.namespace.salt for use in store.namespaces()) == sorted(salts)
+        node.check()
 
 
 def test_lengths_of_several_namespaces_are_told_at_once(store: StoreClient, namespace: Namespace) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import socket
 import threading
 import time
@@ -21,10 +20,7 @@ from kvstore.errors import (
     TierError,
     Unavailable,
 )
-from tests.node import Node, open_files, wait_for
-
-# What a busy machine may add to a deadline.
-SLACK_S = 1.0
+from tests.node import SLACK_S, Node, open_files, own_threads, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +49,7 @@ def daemon(node: Node) -> Iterator[Daemon]:
 
 def looks_after() -> int:
     """Threads that look after an absent daemon."""
-    return sum(thread.name == "kvstore-watch" for thread in threading.enumerate())
-
-
-def own_threads() -> int:
-    """All threads of connectors and clients."""
-    return sum(thread.name.startswith("kvstore-") for thread in threading.enumerate())
+    return sum(thread.name == "kvstore-watch" for thread in own_threads())
 
 
 def ask(daemon: Daemon) -> KVStoreError | None:
@@ -121,8 +112,7 @@ def test_a_daemon_that_is_killed_is_away_until_it_is_back(node: Node, daemon: Da
 
 
 def test_a_call_that_is_not_answered_is_the_last_that_anybody_waits_for(node: Node, daemon: Daemon) -> None:
-    os.kill(node.pid, signal.SIGSTOP)
-    try:
+    with node.stopped():
         started = time.monotonic()
         assert isinstance(ask(daemon), DeadlineExceeded)
         assert 0.2 < time.monotonic() - started < 0.3 + SLACK_S
@@ -131,8 +121,6 @@ def test_a_call_that_is_not_answered_is_the_last_that_anybody_waits_for(node: No
             assert isinstance(ask(daemon), Unavailable)
         assert time.monotonic() - started < 1.0
         assert looks_after() == 1
-    finally:
-        os.kill(node.pid, signal.SIGCONT)
     wait_for(lambda: daemon.away is None)
     assert ask(daemon) is None
 
@@ -141,8 +129,7 @@ def test_threads_that_wait_together_are_followed_by_nobody(
     node: Node, daemon: Daemon, caplog: pytest.LogCaptureFixture
 ) -> None:
     errors: list[KVStoreError | None] = []
-    os.kill(node.pid, signal.SIGSTOP)
-    try:
+    with node.stopped():
         threads = [threading.Thread(target=lambda: errors.append(ask(daemon))) for _ in range(8)]
         started = time.monotonic()
         for thread in threads:
@@ -151,8 +138,6 @@ def test_threads_that_wait_together_are_followed_by_nobody(
             thread.join()
         assert time.monotonic() - started < 0.3 + SLACK_S
         assert looks_after() == 1
-    finally:
-        os.kill(node.pid, signal.SIGCONT)
     assert len(errors) == 8
     assert None not in errors
     assert sum("going on without" in record.getMessage() for record in caplog.records) == 1
@@ -207,23 +192,20 @@ def test_after_close_nobody_is_asked(node: Node, daemon: Daemon) -> None:
 
 
 def test_close_ends_the_watch_and_leaves_nothing_open(node: Node) -> None:
-    wait_for(lambda: own_threads() == 0, 5)
+    wait_for(lambda: not own_threads(), 5)
     descriptors = open_files(os.getpid())
     for round_number in range(5):
         daemon = Daemon(node.address, timeout_s=0.3)
-        os.kill(node.pid, signal.SIGSTOP)
-        try:
+        with node.stopped():
             if round_number % 2:
                 ask(daemon)
             started = time.monotonic()
             daemon.close()
             assert time.monotonic() - started < 0.3 + SLACK_S
-        finally:
-            os.kill(node.pid, signal.SIGCONT)
     node.kill()
     for _ in range(5):
         Daemon(node.address, timeout_s=0.3).close()
-    wait_for(lambda: own_threads() == 0, 5)
+    wait_for(lambda: not own_threads(), 5)
     wait_for(lambda: open_files(os.getpid()) <= descriptors, 5)
     node.start()
 

@@ -3,9 +3,7 @@
 import asyncio
 import gc
 import os
-import signal
 import struct
-import threading
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import Future
@@ -20,7 +18,7 @@ from kvstore.client import StoreClient
 from kvstore.hashing import lmcache_engine_key, lmcache_engine_namespace, lmcache_seed
 from kvstore.protocol import KEYS_MAX
 from tests.lmcache_processes import ENVIRON
-from tests.node import Node, wait_for
+from tests.node import SLACK_S, Node, empty, idle, own_threads, wait_for
 
 os.environ.update(ENVIRON)
 pytestmark = [
@@ -40,10 +38,7 @@ MEMORY_BYTES: Final = 16 * CHUNK_BYTES
 # For questions and for transfers: half of the first is how long the daemon may leave a call unanswered.
 TIMEOUT_S: Final = 0.6
 TRANSFER_TIMEOUT_S: Final = 2.0
-# What a call takes longer for no reason of ours: two cores for all that runs on them.
-NOISE_S: Final = 1.0
-
-IN_TIME_S: Final = TRANSFER_TIMEOUT_S + NOISE_S
+IN_TIME_S: Final = TRANSFER_TIMEOUT_S + SLACK_S
 
 R = TypeVar("R")
 
@@ -151,11 +146,6 @@ class Engine:
         self.memory.close()
 
 
-def ours() -> set[threading.Thread]:
-    """The threads that we have started."""
-    return {each for each in threading.enumerate() if each.name.startswith("kvstore-")}
-
-
 def taken(chunk: Any) -> bytes | None:
     """What a chunk holds. It is given back."""
     if chunk is None:
@@ -195,18 +185,17 @@ def node() -> Iterator[Node]:
 @pytest.fixture(autouse=True)
 def _nothing_is_left(node: Node, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Close ends all threads, and nobody has forgotten a chunk; then the daemon is well, and emptied."""
-    before = ours()
+    before = own_threads()
     yield
-    wait_for(lambda: ours() <= before, TIMEOUT_S + NOISE_S)
+    wait_for(lambda: own_threads() <= before, TIMEOUT_S + SLACK_S)
     gc.collect()  # which is when LMCache frees what was forgotten, and says so
     for record in [*caplog.get_records("setup"), *caplog.get_records("call"), *caplog.records]:
         assert "ref_count_down()" not in record.getMessage()
         assert "Double free" not in record.getMessage()
     node.check()
     with node.client() as store:
-        wait_for(lambda: not store.statistics().tiers[0].pinned_blocks)
-        for use in store.namespaces():
-            store.remove(use.namespace, store.list(use.namespace).keys)
+        wait_for(lambda: idle(store))
+        empty(store)
 
 
 @pytest.fixture(params=[True, False], ids=["with-meta", "without-meta"])
@@ -356,7 +345,7 @@ def test_a_daemon_that_is_gone_is_a_miss(node: Node) -> None:
         assert is_back(engine)
         engine.put(engine.keys(1), [content(1)])
         node.kill()
-        nothing_is_there(engine, NOISE_S)
+        nothing_is_there(engine, SLACK_S)
         node.start()
         wait_for(lambda: is_back(engine))
         engine.put(engine.keys(1), [content(2)])
@@ -366,7 +355,7 @@ def test_a_daemon_that_is_gone_is_a_miss(node: Node) -> None:
 def test_an_engine_may_start_before_its_daemon(node: Node) -> None:
     node.kill()
     with engine_of(node) as engine:
-        nothing_is_there(engine, NOISE_S)
+        nothing_is_there(engine, SLACK_S)
         node.start()
         wait_for(lambda: is_back(engine))
         engine.put(engine.keys(1), [content(1)])
@@ -376,20 +365,10 @@ def test_an_engine_may_start_before_its_daemon(node: Node) -> None:
 def test_a_daemon_that_hangs_costs_one_deadline(node: Node) -> None:
     with engine_of(node) as engine:
         engine.put(engine.keys(1), [content(1)])
-        with stopped(node):
-            nothing_is_there(engine, TIMEOUT_S + NOISE_S)
+        with node.stopped():
+            nothing_is_there(engine, TIMEOUT_S + SLACK_S)
         wait_for(lambda: is_back(engine))
         assert engine.get(engine.keys(1)) == [content(1)]
-
-
-@contextmanager
-def stopped(node: Node) -> Iterator[None]:
-    """The daemon answers nothing meanwhile."""
-    os.kill(node.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(node.pid, signal.SIGCONT)
 
 
 def give_up(engine: Engine, work: Coroutine[Any, Any, object]) -> None:
@@ -410,7 +389,7 @@ def fill(engine: Engine) -> list[Any]:
     return chunks
 
 
-def empty(chunks: list[Any]) -> None:
+def let_go(chunks: list[Any]) -> None:
     """Give them back; nobody else has written into them."""
     assert all(taken(each) == b"\xaa" * CHUNK_BYTES for each in chunks)
 
@@ -422,17 +401,17 @@ def test_a_get_that_is_given_up_leaves_nothing(node: Node, store: StoreClient, u
         engine.put(keys, [content(1), content(2), content(3)])
         wait_for(lambda: engine.used_bytes == 0)
         held = fill(engine)
-        with stopped(node):
+        with node.stopped():
             give_up(engine, connector.get(keys[0]))
             give_up(engine, connector.batched_get(keys))
             give_up(engine, connector.batched_get_non_blocking("lookup", keys))
-            empty([held.pop() for _ in range(7)])  # room for what is still to come, and for nothing else
+            let_go([held.pop() for _ in range(7)])  # room for what is still to come, and for nothing else
             if until_lost:
                 wait_for(lambda: not is_back(engine))
         wait_for(lambda: is_back(engine))
         wait_for(lambda: store.statistics().tiers[0].pinned_blocks == 0)
         wait_for(lambda: engine.used_bytes == len(held) * CHUNK_BYTES)
-        empty(held)
+        let_go(held)
         assert engine.get(keys) == [content(1), content(2), content(3)]
 
 
@@ -440,7 +419,7 @@ def test_a_get_that_is_given_up_leaves_nothing(node: Node, store: StoreClient, u
 def test_a_put_that_is_given_up_stores_what_it_was_given(node: Node, until_lost: bool) -> None:
     with engine_of(node) as engine:
         keys = engine.keys(*range(8))
-        with stopped(node):
+        with node.stopped():
             for number in range(6):
                 give_up(engine, engine.connector.put(keys[number], engine.chunk(content(number))))
             chunks = [engine.chunk(content(6)), engine.chunk(content(7))]
@@ -451,7 +430,7 @@ def test_a_put_that_is_given_up_stores_what_it_was_given(node: Node, until_lost:
                 wait_for(lambda: not is_back(engine))
         wait_for(lambda: is_back(engine))
         wait_for(lambda: engine.used_bytes == len(held) * CHUNK_BYTES)
-        empty(held)
+        let_go(held)
         there = engine.get(keys)
         assert all(each in (None, content(number)) for number, each in enumerate(there))
         assert until_lost or any(there)
@@ -480,12 +459,12 @@ def test_more_than_lmcaches_memory_takes_is_a_miss(node: Node, room: int) -> Non
         engine.put(keys, [content(1), content(2), content(3), content(4)])
         wait_for(lambda: engine.used_bytes == 0)
         held = fill(engine)
-        empty([held.pop() for _ in range(room)])
+        let_go([held.pop() for _ in range(room)])
         got = engine.start(engine.connector.batched_get(keys))
         try:
             in_time = list(got.result(IN_TIME_S))
         finally:
-            empty(held)
+            let_go(held)
             there = [taken(each) for each in got.result(IN_TIME_S)]
         assert sum(each is not None for each in in_time) == room
         assert all(each in (None, content(number)) for number, each in enumerate(there, 1))
@@ -515,14 +494,40 @@ def test_a_block_that_is_no_chunk_is_a_miss(node: Node, store: StoreClient) -> N
             assert engine.get(keys) == [content(1), None, content(3)]
 
 
+def test_puts_that_hang_hold_up_no_question(node: Node, store: StoreClient) -> None:
+    with engine_of(node) as engine:
+        connector, here, absent = engine.connector, engine.key(100), engine.key(101)
+        busy = engine.keys(*range(12))  # more than there are threads of any kind
+        engine.put([here], [content(100)])
+        (use,) = store.namespaces()
+        names = [lmcache_engine_key(key.chunk_hash) for key in busy]
+        with store.reserve(use.namespace, names, use.block_bytes) as write:
+            assert len(write.granted) == len(busy)
+            chunks = [engine.chunk(content(number)) for number in range(12)]
+            puts = [engine.start(connector.put(*each)) for each in zip(busy, chunks, strict=True)]
+            wait_for(lambda: all(each.get_ref_count() == 2 for each in chunks))
+            started = time.monotonic()
+            assert connector.exists_sync(here) is True
+            assert engine.call(connector.exists(here)) is True
+            assert engine.call(connector.exists(absent)) is False
+            assert engine.call(connector.batched_async_contains("lookup", [here, absent])) == 1
+            assert is_back(engine)
+            assert engine.get([here, absent]) == [content(100), None]
+            assert time.monotonic() - started < SLACK_S
+            assert not any(put.done() for put in puts)
+        for put in puts:
+            put.result(IN_TIME_S)
+        assert engine.get(busy) == [content(number) for number in range(12)]
+
+
 def test_close_ends_all_threads_while_the_daemon_hangs(node: Node) -> None:
-    before = ours()
-    with engine_of(node) as engine, stopped(node):
+    before = own_threads()
+    with engine_of(node) as engine, node.stopped():
         give_up(engine, engine.connector.get(engine.key(1)))
         started = time.monotonic()
         engine.call(engine.connector.close())
-        assert time.monotonic() - started < TIMEOUT_S + NOISE_S
-        wait_for(lambda: ours() <= before, TIMEOUT_S + NOISE_S)
+        assert time.monotonic() - started < TIMEOUT_S + SLACK_S
+        wait_for(lambda: own_threads() <= before, TIMEOUT_S + SLACK_S)
 
 
 def test_after_close_nothing_is_there(node: Node) -> None:
@@ -530,4 +535,4 @@ def test_after_close_nothing_is_there(node: Node) -> None:
         engine.put(engine.keys(1, 2), [content(1), content(2)])
         engine.call(engine.connector.close())
         engine.call(engine.connector.close())
-        nothing_is_there(engine, NOISE_S)
+        nothing_is_there(engine, SLACK_S)
