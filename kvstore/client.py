@@ -7,7 +7,7 @@ in the background; leases from before are invalid. A forked child must connect f
 
 import ssl
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeVar
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from kvstore import packing, protocol
 from kvstore.block import HitLength, Namespace
+from kvstore.channel import TRANSFER_S
 from kvstore.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from kvstore.keeper import Keeper
 from kvstore.leases import EachLease as EachLease
@@ -62,6 +63,7 @@ class StoreClient:
         self._keeper = keeper
         self._connected = keeper.connected
         self._call = keeper.call
+        self._call_named = keeper.call_named
         self._hold = keeper.hold
 
     @classmethod
@@ -74,6 +76,9 @@ class StoreClient:
         tls: ssl.SSLContext | None = None,
     ) -> "StoreClient":
         """Connect to `unix:/path` or `tcp://host:port`. Every call is over within `timeout_s` and its wait.
+
+        Over TCP the bytes of blocks take their time beside, at most the `transfer_s` of the call that sends,
+        receives or stays behind them on this connection.
 
         Raises:
             Unavailable: no daemon answers.
@@ -121,6 +126,7 @@ class StoreClient:
         parent: bytes | None = None,
         tokens: Sequence[int] | None = None,
         wait_s: float = 0.0,
+        transfer_s: float = TRANSFER_S,
     ) -> WriteLease[bytes]:
         """Reserve memory for blocks that continue `parent` in the order of `keys`, `nbytes` long each.
 
@@ -135,11 +141,20 @@ class StoreClient:
         token_bytes = packing.pack_tokens(tokens)
         packing.check_wait(wait_s)
         link = self._connected()
-        request = protocol.Reserve(link.handle(namespace), packed, lengths, parent, token_bytes, wait_s)
-        return self._granted(link, request, keys)
+
+        def request() -> protocol.Reserve:
+            handle = link.handle(namespace, transfer_s)
+            return protocol.Reserve(handle, packed, lengths, parent, token_bytes, wait_s)
+
+        return self._granted(link, request, keys, wait_s, transfer_s)
 
     def reserve_each(
-        self, items: Sequence[Item], nbytes: int | Sequence[int], *, wait_s: float = 0.0
+        self,
+        items: Sequence[Item],
+        nbytes: int | Sequence[int],
+        *,
+        wait_s: float = 0.0,
+        transfer_s: float = TRANSFER_S,
     ) -> WriteLease[Item]:
         """Reserve memory for blocks of several namespaces, in no order; else as `reserve` does.
 
@@ -148,19 +163,37 @@ class StoreClient:
         lengths = packing.check_lengths(nbytes, len(items))
         packing.check_wait(wait_s)
         link = self._connected()
-        request = protocol.ReserveEach(*_packed_items(link, items), lengths, wait_s)
-        return self._granted(link, request, items)
+        names, packed = _packed_items(items)
 
-    def acquire(self, namespace: Namespace, keys: Sequence[bytes], *, wait_s: float = 0.0) -> ReadLease:
+        def request() -> protocol.ReserveEach:
+            return protocol.ReserveEach(link.handles(names, transfer_s), packed, lengths, wait_s)
+
+        return self._granted(link, request, items, wait_s, transfer_s)
+
+    def acquire(
+        self,
+        namespace: Namespace,
+        keys: Sequence[bytes],
+        *,
+        wait_s: float = 0.0,
+        transfer_s: float = TRANSFER_S,
+    ) -> ReadLease:
         """Pin the leading keys that are in the arena.
 
         With `wait_s` it waits for keys that are in a tier below, or are being written now; a key that
-        nobody has announced ends the hit at once.
+        nobody has announced ends the hit at once. Over TCP their bytes come now, within `transfer_s`.
+
+        Raises:
+            TransferTooSlow: it took longer; where they had begun to come, the connection is lost.
         """
         packed = packing.pack_keys(keys)
         packing.check_wait(wait_s)
         link = self._connected()
-        reply = self._call(link, protocol.Acquire(link.handle(namespace), packed, wait_s), wait_s)
+
+        def request() -> protocol.Acquire:
+            return protocol.Acquire(link.handle(namespace, transfer_s), packed, wait_s)
+
+        reply = self._call_named(link, request, wait_s, transfer_s)
         answer = reply.answer
         assert isinstance(answer, protocol.Acquired)
         if link.shares_memory:
@@ -169,12 +202,18 @@ class StoreClient:
             views = split_payload(reply.payload, answer.slots.lengths)
         return self._hold(ReadLease(self._keeper, link, answer.lease, views, limited=answer.limited))
 
-    def acquire_each(self, items: Sequence[Item], *, wait_s: float = 0.0) -> EachLease:
-        """Pin every item that is here; holes are allowed. With `wait_s` it waits as `acquire` does."""
+    def acquire_each(
+        self, items: Sequence[Item], *, wait_s: float = 0.0, transfer_s: float = TRANSFER_S
+    ) -> EachLease:
+        """Pin every item that is here; holes are allowed. Else as `acquire` does."""
         packing.check_wait(wait_s)
         link = self._connected()
-        request = protocol.AcquireEach(*_packed_items(link, items), wait_s)
-        reply = self._call(link, request, wait_s)
+        names, packed = _packed_items(items)
+
+        def request() -> protocol.AcquireEach:
+            return protocol.AcquireEach(link.handles(names, transfer_s), packed, wait_s)
+
+        reply = self._call_named(link, request, wait_s, transfer_s)
         answer = reply.answer
         assert isinstance(answer, protocol.Acquired)
         if link.shares_memory:
@@ -190,7 +229,7 @@ class StoreClient:
         """How many leading keys are here, cumulative per medium. Pins nothing: acquire is the truth."""
         packed = packing.pack_keys(keys)
         link = self._connected()
-        answer = self._call(link, protocol.HitLengthOf(link.handle(namespace), packed)).answer
+        answer = self._call_named(link, lambda: protocol.HitLengthOf(link.handle(namespace), packed)).answer
         assert isinstance(answer, protocol.Hits)
         return HitLength(answer.gpu, answer.dram, answer.nvme, answer.remote)
 
@@ -211,15 +250,16 @@ class StoreClient:
         daemon would.
         """
         link = self._connected()
-        request = protocol.ListKeys(link.handle(namespace), cursor or 0, limit)
-        answer = self._call(link, request).answer
+        after = cursor or 0
+        answer = self._call_named(
+            link, lambda: protocol.ListKeys(link.handle(namespace), after, limit)
+        ).answer
         assert isinstance(answer, protocol.Page)
         keys = packing.unpack_keys(answer.keys) if answer.lengths else []
         return KeyPage(keys, answer.lengths, answer.after or None)
 
-    def namespaces(self) -> Iterator[NamespaceUse]:
-        """The namespaces that have blocks here, asked for page by page."""
-        after = b""
+    def namespaces(self, after: bytes = b"") -> Iterator[NamespaceUse]:
+        """The namespaces that have blocks here, in the order of their ids, behind one; asked for by pages."""
         while True:
             answer = self._call(self._connected(), protocol.ListNamespaces(after)).answer
             assert isinstance(answer, protocol.NamespacePage)
@@ -260,7 +300,7 @@ class StoreClient:
         A key that is here already, or that somebody else stores meanwhile, is left as it is.
 
         Raises:
-            DeadlineExceeded: no room within `timeout_s`.
+            DeadlineExceeded: no room within `timeout_s`, or over TCP the bytes took longer.
         """
         source = memoryview(data).cast("B")
         deadline = time.monotonic() + timeout_s
@@ -268,14 +308,14 @@ class StoreClient:
             with self.reserve(namespace, [key], len(source), wait_s=wait_s) as write:
                 if write.granted:
                     copy(write.views[0], source)
-                    write.commit()
+                    write.commit(transfer_s=timeout_s)
                 if write.granted or write.present:
                     return
                 refused = bool(write.refused)
             if refused:
                 break
             with self.acquire(namespace, [key], wait_s=max(0.0, deadline - time.monotonic())) as read:
-                if read.hit_length:
+                if [len(view) for view in read.views] == [len(source)]:  # else reserve says what is wrong
                     return
         raise DeadlineExceeded(
             f"no room for {len(source)} bytes within {timeout_s} s: all else is pinned or being written, or "
@@ -283,8 +323,12 @@ class StoreClient:
         )
 
     def get(self, namespace: Namespace, key: bytes, *, timeout_s: float = 5.0) -> bytes | None:
-        """A copy of the block, or None. Waits up to `timeout_s` if it is below, or being written."""
-        with self.acquire(namespace, [key], wait_s=timeout_s) as read:
+        """A copy of the block, or None. Waits up to `timeout_s` if it is below, or being written.
+
+        Over TCP its bytes may take as long again, or as long as an answer.
+        """
+        transfer_s = max(timeout_s, self._connected().timeout_s)
+        with self.acquire(namespace, [key], wait_s=timeout_s, transfer_s=transfer_s) as read:
             return bytes(read.views[0]) if read.hit_length else None
 
     def remove(self, namespace: Namespace, keys: Sequence[bytes], *, lasting: bool = True) -> int:
@@ -297,15 +341,23 @@ class StoreClient:
         """
         packed = packing.pack_keys(keys)
         link = self._connected()
-        request = protocol.Remove(link.handle(namespace), packed, lasting)
-        answer = self._call(link, request, _LASTING_S if lasting else 0.0).answer
+        wait_s = _LASTING_S if lasting else 0.0
+        reply = self._call_named(
+            link, lambda: protocol.Remove(link.handle(namespace), packed, lasting), wait_s
+        )
+        answer = reply.answer
         assert isinstance(answer, protocol.Count)
         return answer.count
 
     def _granted(
-        self, link: Link, request: protocol.Reserve | protocol.ReserveEach, names: Sequence[N]
+        self,
+        link: Link,
+        request: Callable[[], protocol.Reserve | protocol.ReserveEach],
+        names: Sequence[N],
+        wait_s: float,
+        transfer_s: float,
     ) -> WriteLease[N]:
-        answer = self._call(link, request, request.wait_s).answer
+        answer = self._call_named(link, request, wait_s, transfer_s).answer
         assert isinstance(answer, protocol.Granted)
         slots = answer.slots
         views: list[memoryview] = []
@@ -318,7 +370,8 @@ class StoreClient:
 
     def _found(self, items: Sequence[Item]) -> protocol.Found:
         link = self._connected()
-        answer = self._call(link, protocol.HitEach(*_packed_items(link, items))).answer
+        names, packed = _packed_items(items)
+        answer = self._call_named(link, lambda: protocol.HitEach(link.handles(names), packed)).answer
         assert isinstance(answer, protocol.Found)
         return answer
 
@@ -342,6 +395,6 @@ def copy(target: memoryview, source: memoryview) -> None:
     np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
-def _packed_items(link: Link, items: Sequence[Item]) -> tuple[list[int], protocol.Keys]:
+def _packed_items(items: Sequence[Item]) -> tuple[list[Namespace], protocol.Keys]:
     keys = packing.pack_keys([key for _, key in items])
-    return link.handles([namespace for namespace, _ in items]), keys
+    return [namespace for namespace, _ in items], keys

@@ -19,6 +19,12 @@ class InvalidRequest(KVStoreError, ValueError):
     code = "invalid"
 
 
+class UnknownNamespace(InvalidRequest):
+    """The daemon has forgotten a namespace for others used since. The client names it anew and asks again."""
+
+    code = "namespace"
+
+
 class LeaseError(KVStoreError):
     """The lease has ended, belongs to someone else, or cannot do what was asked."""
 
@@ -47,6 +53,10 @@ class DeadlineExceeded(KVStoreError, TimeoutError):
     """The call's time is over. What it had asked for may still happen, and is then undone."""
 
     code = "deadline"
+
+
+class TransferTooSlow(DeadlineExceeded):
+    """Blocks' bytes took longer than they may over TCP, though they flowed: it is no sign of an absence."""
 
 
 class ConfigError(KVStoreError, ValueError):

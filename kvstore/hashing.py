@@ -113,12 +113,12 @@ def fingerprint(
     return key[len(key) % 8 :][:4].hex()
 
 
-def same_but_for_fingerprint(a: Namespace, b: Namespace) -> bool:
-    """Say whether a and b agree in all but the fingerprint, which may differ.
+def same_but_for_keys(a: Namespace, b: Namespace) -> bool:
+    """Say whether a and b agree in all but algorithm, fingerprint and chunk size, by which keys are made.
 
     If they are not equal, their processes store the same content under different keys.
     """
-    return _without_fingerprint(a) == _without_fingerprint(b)
+    return _without_keys(a) == _without_keys(b)
 
 
 def lmcache_kv_rank(
@@ -354,12 +354,17 @@ def _with_fingerprint(namespace: Namespace, scheme: Scheme, algorithm: str, seed
     return replace(namespace, scheme=f"{namespace.scheme}:{found}")
 
 
-def _without_fingerprint(namespace: Namespace) -> Namespace:
-    return replace(namespace, scheme=namespace.scheme.partition(":")[0])
+def _without_keys(namespace: Namespace) -> Namespace:
+    return replace(namespace, scheme=_kind(namespace.scheme), block_tokens=1)
+
+
+def _kind(scheme: str) -> str:
+    """What is before -ALGORITHM:FINGERPRINT; nothing in front of a scheme that is none of ours."""
+    return scheme.partition(":")[0].rpartition("-")[0]
 
 
 def _check_scheme(namespace: Namespace, prefix: str) -> None:
-    if _without_fingerprint(namespace).scheme.rpartition("-")[0] != prefix:
+    if _kind(namespace.scheme) != prefix:
         raise InvalidRequest(f"namespace scheme is {namespace.scheme!r}; give {prefix}-ALGORITHM:FINGERPRINT")
 
 

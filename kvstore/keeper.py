@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
 from kvstore import protocol
-from kvstore.errors import KVStoreError, Unavailable
+from kvstore.channel import TRANSFER_S
+from kvstore.errors import KVStoreError, Unavailable, UnknownNamespace
 from kvstore.leases import Lease, WriteLease
 from kvstore.link import Link
 
@@ -25,6 +26,9 @@ _FLUSH_S: Final = 0.005
 _ENDS_MAX: Final = protocol.KEYS_MAX // 2
 # Lost sessions named at reconnecting; of more, the leases stay in quarantine until this process ends.
 _LOST_MAX: Final = 1000
+# How often a request is made anew whose namespaces the daemon has forgotten. For a second time, other threads
+# must have named 60,000 between its naming and the request.
+_RENAMINGS_MAX: Final = 3
 L = TypeVar("L", bound=Lease)
 _keepers: "weakref.WeakSet[Keeper]" = weakref.WeakSet()
 
@@ -46,25 +50,36 @@ class Keeper:
         self._unsent = threading.Event()
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self._nobody_reconnects = threading.Event()  # though there is no link
         self._pid = os.getpid()
         _keepers.add(self)
         weakref.finalize(self, self._unsent.set).atexit = False
         arguments = weakref.ref(self), self._unsent
-        threading.Thread(target=_send_ends, args=arguments, name="kvstore-ends", daemon=True).start()
+        ends = threading.Thread(target=_send_ends, args=arguments, name="kvstore-ends", daemon=True)
+        try:
+            ends.start()
+        except RuntimeError as exc:
+            self._link.close()
+            raise Unavailable(
+                f"the client cannot have its thread ({exc}); let the process have more"
+            ) from exc
 
     def close(self) -> None:
         """End all leases and the connection."""
         for lease in self._live_leases():
             lease.end_quietly()
-        self.send_ends()
+        if self._link is not None and self._link.shares_memory:
+            self.send_ends()
         self._closed.set()
         self._unsent.set()
         with self._lock:
             link, self._link, self._away = self._link, None, "the client is closed"
         if link is not None:
-            # A daemon that was asked in vain may still answer: what it grants then is nobody's.
-            with contextlib.suppress(Unavailable):
-                link.channel.send(protocol.frame(0, protocol.Goodbye()))
+            # A daemon that was asked in vain may still answer: what it grants then is nobody's. Over TCP the
+            # end of the connection says so, and a payload may be under way.
+            if link.shares_memory:
+                with contextlib.suppress(Unavailable):
+                    link.channel.send(protocol.frame(0, protocol.Goodbye()))
             link.close()
 
     @property
@@ -78,19 +93,43 @@ class Keeper:
         if link is None or link.channel.broken is not None:
             if link is not None:
                 self._lose(link)
+            elif self._nobody_reconnects.is_set() and not self._closed.is_set():
+                self._nobody_reconnects.clear()
+                self._begin_to_reconnect()
             raise Unavailable(self._away)
         return link
 
     def call(
-        self, link: Link, request: protocol.Request, wait_s: float = 0.0, payload: Sequence[memoryview] = ()
+        self,
+        link: Link,
+        request: protocol.Request,
+        wait_s: float = 0.0,
+        payload: Sequence[memoryview] = (),
+        transfer_s: float = TRANSFER_S,
     ) -> Any:
         """The reply to a request that the daemon may wait `wait_s` before it answers."""
         try:
             ahead = self._ends() if self._ended else b""
-            return link.channel.call(request, link.timeout_s + wait_s, payload, ahead=ahead)
+            timeout_s = link.timeout_s + wait_s
+            return link.channel.call(request, timeout_s, payload, transfer_s=transfer_s, ahead=ahead)
         finally:
             if link.channel.broken is not None:
                 self._lose(link)
+
+    def call_named(
+        self,
+        link: Link,
+        request_of: Callable[[], protocol.Request],
+        wait_s: float = 0.0,
+        transfer_s: float = TRANSFER_S,
+    ) -> Any:
+        """`call` for a request that names namespaces; `request_of` makes it, anew if they are forgotten."""
+        for _ in range(_RENAMINGS_MAX):
+            try:
+                return self.call(link, request_of(), wait_s, transfer_s=transfer_s)
+            except UnknownNamespace:
+                link.forget_handles()
+        return self.call(link, request_of(), wait_s, transfer_s=transfer_s)
 
     def hold(self, lease: L) -> L:
         """Take a new lease into account."""
@@ -116,13 +155,13 @@ class Keeper:
         if not self._unsent.is_set():
             self._unsent.set()
 
-    def send_commit(self, lease: WriteLease[Any], indices: Sequence[int] | None) -> None:
+    def send_commit(self, lease: WriteLease[Any], indices: Sequence[int] | None, transfer_s: float) -> None:
         payload: Sequence[memoryview] = ()
         if not lease.link.shares_memory:
             views = lease.views
             payload = lease.open_views() if indices is None else [views[index] for index in sorted(indices)]
         request = protocol.Commit(lease.id, None if indices is None else [*indices])
-        self.call(lease.link, request, payload=payload)
+        self.call(lease.link, request, payload=payload, transfer_s=transfer_s)
 
     def send_ends(self) -> None:
         """Tell the daemon of all leases that have ended."""
@@ -164,7 +203,14 @@ class Keeper:
             if link.shares_memory:
                 self._lost = [*self._lost, link.welcome.session][-_LOST_MAX:]
         link.close()
-        threading.Thread(target=self._reconnect, name="kvstore-reconnect", daemon=True).start()
+        self._begin_to_reconnect()
+
+    def _begin_to_reconnect(self) -> None:
+        thread = threading.Thread(target=self._reconnect, name="kvstore-reconnect", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads can be had: the next call tries again
+            self._nobody_reconnects.set()
 
     def _reconnect(self) -> None:
         pause_s = _RECONNECT_FIRST_S

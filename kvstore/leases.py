@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import numpy as np
 
 from kvstore import packing, protocol
+from kvstore.channel import TRANSFER_S
 from kvstore.errors import InvalidRequest, LeaseError
 from kvstore.link import Link
 
@@ -33,8 +34,8 @@ class Owner(Protocol):
     def lease_dropped(self, lease: "Lease") -> None:
         """The lease was garbage before it ended."""
 
-    def send_commit(self, lease: "WriteLease[Any]", indices: Sequence[int] | None) -> None:
-        """Tell the daemon, and send the bytes where no memory is shared."""
+    def send_commit(self, lease: "WriteLease[Any]", indices: Sequence[int] | None, transfer_s: float) -> None:
+        """Tell the daemon, and send the bytes where no memory is shared, within `transfer_s`."""
 
 
 class Lease:
@@ -196,12 +197,14 @@ class WriteLease(Lease, Generic[N]):
         """The views of what is not committed yet, in the order of `granted`."""
         return [view for key, view in zip(self.granted, self._views, strict=True) if key in self._open]
 
-    def commit(self, keys: Iterable[N] | None = None) -> None:
+    def commit(self, keys: Iterable[N] | None = None, *, transfer_s: float = TRANSFER_S) -> None:
         """Seal all granted blocks, or those of some keys as they are done; they can be read from now on.
 
-        The views of sealed blocks must not be written any more.
+        The views of sealed blocks must not be written any more. Over TCP their bytes are sent now, within
+        `transfer_s`.
 
         Raises:
+            TransferTooSlow: it took longer; where sending had begun, the connection is lost.
             LeaseError: the lease has ended, or a key was committed before.
             InvalidRequest: a key was not granted.
         """
@@ -220,7 +223,7 @@ class WriteLease(Lease, Generic[N]):
             indices = [position[key] for key in chosen]
             if not indices:
                 return
-        self._owner.send_commit(self, indices)
+        self._owner.send_commit(self, indices, transfer_s)
         for key in list(self._open) if keys is None else chosen:
             self._open.pop(key, None)
         if not self._open:

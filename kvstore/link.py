@@ -15,9 +15,10 @@ from urllib.parse import urlsplit
 
 from kvstore import protocol
 from kvstore.block import Namespace
-from kvstore.channel import Channel
+from kvstore.channel import TRANSFER_S, Channel
 from kvstore.errors import InvalidRequest, ProtocolError, Unauthorized, Unavailable
 from kvstore.memory import MADV_POPULATE_READ, MADV_POPULATE_WRITE, POPULATE_STEP_BYTES, Mapping, backed_bytes
+from kvstore.protocol import NAMESPACES_MAX
 
 DEFAULT_PORT = 7401
 
@@ -60,29 +61,40 @@ class Link:
         link = cls(channel, welcome, timeout_s)
         # Now, while one thread has the channel to itself: a descriptor comes with the bytes of an answer, and
         # later any thread may be reading those.
-        for arena, writable in product(range(len(welcome.arena_bytes)), (False, True)):
-            fd = channel.call(protocol.OpenArena(arena, writable), timeout_s, with_fd=True).fd
-            if fd is None:
-                link.close()
-                raise ProtocolError(f"the daemon at {address} sent no descriptor of arena {arena}")
-            link._descriptors[arena, writable] = fd
+        try:
+            for arena, writable in product(range(len(welcome.arena_bytes)), (False, True)):
+                fd = channel.call(protocol.OpenArena(arena, writable), timeout_s, with_fd=True).fd
+                if fd is None:
+                    raise ProtocolError(f"the daemon at {address} sent no descriptor of arena {arena}")
+                link._descriptors[arena, writable] = fd
+        except BaseException:
+            link.close()
+            raise
         return link
 
-    def handle(self, namespace: Namespace) -> int:
+    def handle(self, namespace: Namespace, transfer_s: float = TRANSFER_S) -> int:
         """What stands for the namespace on this link."""
         handle = self._handles.get(namespace)
-        return self.handles([namespace])[0] if handle is None else handle
+        return self.handles([namespace], transfer_s)[0] if handle is None else handle
 
-    def handles(self, namespaces: Sequence[Namespace]) -> list[int]:
+    def handles(self, namespaces: Sequence[Namespace], transfer_s: float = TRANSFER_S) -> list[int]:
         """What stands for each of these namespaces; all that are new are named in one go."""
-        known = self._handles
+        known = self._handles  # may be replaced by another thread meanwhile, but nothing ever leaves it
         new = list(dict.fromkeys(namespace for namespace in namespaces if namespace not in known))
         if new:
+            if len(known) + len(new) > NAMESPACES_MAX:
+                # The daemon forgets some now. What it keeps is cheap to name again, and keeps its handle.
+                known = self._handles = {}
+                new = list(dict.fromkeys(namespaces))
             request = protocol.OpenNamespaces([namespace.id for namespace in new], new)
-            answer = self.channel.call(request, self.timeout_s).answer
+            answer = self.channel.call(request, self.timeout_s, transfer_s=transfer_s).answer
             assert isinstance(answer, protocol.Opened)
             known.update(zip(new, answer.handles, strict=True))
         return [known[namespace] for namespace in namespaces]
+
+    def forget_handles(self) -> None:
+        """The daemon does not know one of them any more: name anew what is used."""
+        self._handles = {}
 
     def memory(self, arena: int, *, writable: bool) -> memoryview:
         """The arena's bytes, mapped at first use."""
@@ -115,7 +127,12 @@ class Link:
         mapping = self._maps[arena, writable] = Mapping(fd, size, writable=writable)
         self._populating.add(fd)
         name = f"kvstore-populate-{arena}"
-        threading.Thread(target=self._populate, args=(mapping, fd), name=name, daemon=True).start()
+        populate = threading.Thread(target=self._populate, args=(mapping, fd), name=name, daemon=True)
+        try:
+            populate.start()
+        except RuntimeError:  # no more threads can be had: the first copies are slower, that is all
+            self._populating.discard(fd)
+            os.close(fd)
         return mapping
 
     def _populate(self, mapping: Mapping, fd: int) -> None:

@@ -10,6 +10,7 @@ A connection begins with `Hello`, answered by `Welcome`, or by `Challenge` where
 import hmac
 import struct
 from collections.abc import Callable
+from functools import cache
 from typing import Annotated, Final
 
 import msgspec
@@ -30,6 +31,9 @@ KEYS_MAX: Final = 4096
 BODY_BYTES_MAX: Final = 16 << 20
 # Before a connection is welcome it may only send a Hello, with the leases it still uses, and a Proof.
 HELLO_BYTES_MAX: Final = 1 << 20
+# Namespaces that the daemon keeps for a connection, those used last; more than a request can name. Salts make
+# namespaces, so one engine may use many: this bounds what they cost to some 70 MB.
+NAMESPACES_MAX: Final = 65_536
 LIST_PAGE_MAX: Final = KEYS_MAX
 WAIT_S_MAX: Final = 3600.0
 # Token ids of one reserve: 8 MiB of them.
@@ -377,8 +381,15 @@ def failure(error: KVStoreError) -> Failure:
 
 def error_of(answer: Failure) -> KVStoreError:
     """The travelled error, as the exception that it was."""
-    kinds = {kind.code: kind for kind in KVStoreError.__subclasses__()}
-    return kinds.get(answer.code, KVStoreError)(answer.text)
+    return _kinds().get(answer.code, KVStoreError)(answer.text)
+
+
+@cache
+def _kinds() -> dict[str, type[KVStoreError]]:
+    """The errors that travel, by their codes."""
+    direct = KVStoreError.__subclasses__()
+    kinds = [*direct, *[child for kind in direct for child in kind.__subclasses__()]]
+    return {kind.code: kind for kind in kinds if "code" in vars(kind)}
 
 
 def token_proof(token: str, side: str, client_nonce: bytes, daemon_nonce: bytes) -> bytes:

@@ -3,16 +3,17 @@
 import gc
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from kvstore import link as link_module
 from kvstore.block import HitLength, Namespace
 from kvstore.client import KEYS_MAX, StoreClient, copy
 from kvstore.errors import DeadlineExceeded, InvalidRequest, LeaseError, Unavailable
-from kvstore.protocol import LIST_PAGE_MAX
+from kvstore.protocol import LIST_PAGE_MAX, NAMESPACES_MAX
 from tests.node import Node, empty, idle, node_with_bad_disk, wait_for, written
 
 MIB = 1 << 20
@@ -92,6 +93,27 @@ def test_reserve_tells_present_busy_and_missing_apart(node: Node, namespace: Nam
             first.commit()
             second.commit()
         assert two.hit_length(namespace, names).dram == 4
+
+
+def test_a_key_that_is_being_written_with_another_length_is_busy(node: Node, namespace: Namespace) -> None:
+    names = keys(3)
+    with node.client() as one, node.client() as two, one.reserve(namespace, names[:1], 100) as first:
+        with two.reserve(namespace, names, 64) as second:
+            assert (second.busy, second.granted) == (names[:1], names[1:])
+        with two.reserve_each([(namespace, key) for key in names], 64) as second:
+            assert (second.busy, len(second.granted)) == ([(namespace, names[0])], 2)
+        first.commit()
+        with pytest.raises(InvalidRequest, match=r"nbytes is 64 .* here with 100 bytes"):
+            two.reserve(namespace, names, 64)
+
+
+def test_a_put_beside_one_of_another_length_says_so_once_that_is_there(
+    node: Node, namespace: Namespace
+) -> None:
+    with node.client() as one, node.client() as two, one.reserve(namespace, keys(1), 100) as first:
+        threading.Timer(0.1, first.commit).start()
+        with pytest.raises(InvalidRequest, match=r"nbytes is 64 .* here with 100 bytes"):
+            two.put(namespace, keys(1)[0], bytes(64))
 
 
 def test_a_hole_ends_the_hit(store: StoreClient, namespace: Namespace) -> None:
@@ -278,6 +300,98 @@ def test_more_namespaces_than_a_page_holds_are_all_listed() -> None:
                 write.commit()
         assert sorted(use.namespace.salt for use in store.namespaces()) == sorted(salts)
         node.check()
+
+
+def test_a_listing_of_namespaces_begins_behind_an_id(store: StoreClient, namespace: Namespace) -> None:
+    salted = sorted([replace(namespace, salt=f"{number}") for number in range(5)], key=lambda each: each.id)
+    for each in salted:
+        fill(store, each, keys(1), 100)
+    assert [use.namespace for use in store.namespaces()] == salted
+    assert [use.namespace for use in store.namespaces(salted[1].id)] == salted[2:]
+    assert [use.namespace for use in store.namespaces(after=salted[4].id)] == []
+
+
+# Namespaces that one connection names: as many as it likes.
+
+Verb = Callable[[StoreClient, Namespace, bytes], object]
+VERBS: dict[str, Verb] = {
+    "reserve": lambda store, name, key: store.reserve(name, [key], 64).present == [key],
+    "reserve_each": lambda store, name, key: store.reserve_each([(name, key)], 64).present == [(name, key)],
+    "acquire": lambda store, name, key: store.acquire(name, [key]).hit_length,
+    "acquire_each": lambda store, name, key: store.acquire_each([(name, key)]).views[0],
+    "hit_length": lambda store, name, key: store.hit_length(name, [key]).dram,
+    "hit_each": lambda store, name, key: store.hit_each([(name, key)])[0],
+    "length_each": lambda store, name, key: store.length_each([(name, key)])[0],
+    "list": lambda store, name, key: store.list(name).keys,
+    "get": lambda store, name, key: store.get(name, key),
+    "put": lambda store, name, key: store.put(name, key, bytes(64)) is None,
+    "remove": lambda store, name, key: store.remove(name, [key]),
+}
+
+
+def salted_items(salts: range) -> list[tuple[Namespace, bytes]]:
+    return [(Namespace(model="salted", salt=f"{salt}"), b"k") for salt in salts]
+
+
+def look_at(store: StoreClient, salts: range) -> None:
+    """Name so many namespaces, as many at once as may be."""
+    for start in range(salts.start, salts.stop, KEYS_MAX):
+        assert not any(store.hit_each(salted_items(range(start, min(start + KEYS_MAX, salts.stop)))))
+
+
+def test_a_connection_names_more_namespaces_than_the_daemon_keeps(
+    store: StoreClient, namespace: Namespace
+) -> None:
+    store.put(namespace, b"k", bytes(64))
+    look_at(store, range(NAMESPACES_MAX + 1000))
+    assert store.get(namespace, b"k") == bytes(64)
+    look_at(store, range(10))
+    link = store._keeper._link
+    assert link is not None
+    assert len(link._handles) < NAMESPACES_MAX
+
+
+@pytest.mark.parametrize("threads_", [1, 4])
+def test_every_verb_names_anew_what_the_daemon_has_forgotten(
+    store: StoreClient, namespace: Namespace, monkeypatch: pytest.MonkeyPatch, threads_: int
+) -> None:
+    monkeypatch.setattr(
+        link_module, "NAMESPACES_MAX", 1 << 30
+    )  # so that the client does not forget by itself
+    store.put(namespace, b"k", bytes(64))
+    look_at(store, range(NAMESPACES_MAX))
+    link = store._keeper._link
+    assert link is not None
+    stale = link._handles[namespace]
+    failures: list[str] = []
+
+    def work() -> None:
+        for name, verb in list(VERBS.items())[: None if threads_ == 1 else -1]:
+            link._handles[namespace] = stale
+            if not verb(store, namespace, b"k"):
+                failures.append(name)
+
+    working = [threading.Thread(target=work) for _ in range(threads_)]
+    for thread in working:
+        thread.start()
+    for thread in working:
+        thread.join()
+    assert failures == []
+    assert link._handles[namespace] > NAMESPACES_MAX
+    gc.collect()
+
+
+def test_a_request_of_which_each_key_has_a_forgotten_namespace_is_done(
+    store: StoreClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "NAMESPACES_MAX", 1 << 30)
+    items = salted_items(range(KEYS_MAX))
+    with store.reserve_each(items, 16) as write:
+        write.commit()
+    look_at(store, range(KEYS_MAX, KEYS_MAX + NAMESPACES_MAX))
+    assert all(store.hit_each(items))
+    with store.acquire_each(items) as read:
+        assert all(read.views)
 
 
 def test_lengths_of_several_namespaces_are_told_at_once(store: StoreClient, namespace: Namespace) -> None:

@@ -5,7 +5,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -13,11 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvstore import packing, protocol
 from kvstore.block import Namespace
+from kvstore.channel import Channel, Reply
 from kvstore.client import StoreClient
-from kvstore.errors import LeaseError, Unavailable
-from tests.node import Node, open_files, wait_for
+from kvstore.errors import DeadlineExceeded, LeaseError, Unavailable
+from kvstore.protocol import frame
+from tests.node import Node, RawConnection, idle, open_files, pinned, wait_for
 from tests.test_client import MIB, fill, keys, pattern
+from tests.test_tcp import TOKEN, greeted
 
 NAMESPACE = Namespace(model="faults")
 
@@ -338,3 +342,112 @@ def test_connections_leave_no_descriptors_behind(node: Node, store: StoreClient)
             fill(one, NAMESPACE, keys(1, f"turn{turn}-"))
     wait_for(lambda: store.statistics().connections == 1)
     wait_for(lambda: open_files(node.pid) <= before)
+
+
+# Over TCP, where what is pinned is being sent.
+
+
+@pytest.fixture
+def remote() -> Iterator[Node]:
+    """A daemon with a data port."""
+    with Node("64MiB", "--data", "127.0.0.1:0", environ={"KVSTORE_TOKEN": TOKEN}) as node:
+        yield node
+        node.check()
+        assert node.stop() == 0
+        assert "Traceback" not in node.log, node.log
+
+
+def asked(raw: RawConnection, store: StoreClient, names: list[bytes]) -> None:
+    """Ask for blocks, more than sockets hold, of which no byte is read yet: the daemon is sending them."""
+    raw.send(frame(9, protocol.Acquire(raw.open(NAMESPACE), packing.pack_keys(names))))
+    wait_for(lambda: pinned(store) == len(names))
+
+
+def test_a_client_that_says_goodbye_and_goes_while_blocks_are_sent_leaves_nothing_behind(
+    remote: Node,
+) -> None:
+    with remote.client() as store:
+        fill(store, NAMESPACE, keys(24), MIB)
+        with greeted(remote) as raw:
+            asked(raw, store, keys(24))
+            raw.send(frame(0, protocol.Goodbye()))
+        wait_for(lambda: store.statistics().connections == 1 and idle(store))
+
+
+@pytest.mark.parametrize("verb", ["goodbye", "release"])
+def test_what_is_being_sent_stays_pinned_whatever_its_client_says_meanwhile(remote: Node, verb: str) -> None:
+    with remote.client() as store, greeted(remote) as raw:
+        fill(store, NAMESPACE, keys(24), MIB)
+        with store.acquire(NAMESPACE, keys(1)) as lease:
+            asked(raw, store, keys(24))
+            # Leases are numbered one by one, so a client can guess.
+            request = protocol.Goodbye() if verb == "goodbye" else protocol.Release([lease.id + 1])
+        raw.send(frame(10, request))
+        for batch in range(8):
+            fill(store, NAMESPACE, keys(16, f"batch{batch}-"), MIB)
+        assert isinstance(raw.answer(), protocol.Acquired)
+        assert raw.payload == b"".join(pattern(key, MIB) for key in keys(24))
+        answer = raw.answer()
+        assert isinstance(answer, protocol.Done if verb == "goodbye" else protocol.Failure)
+        wait_for(lambda: pinned(store) == 0)
+
+
+def memory_files() -> int:
+    """Descriptors of arenas in this process."""
+    return sum("memfd" in os.readlink(f"/proc/self/fd/{fd}") for fd in _descriptors())
+
+
+def test_a_connection_that_fails_half_way_leaves_no_descriptor_behind(
+    node: Node, store: StoreClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = Channel.call
+
+    def hanging(channel: Channel, request: protocol.Request, timeout_s: float, **options: bool) -> Reply:
+        if not isinstance(request, protocol.OpenArena) or not request.writable:
+            return call(channel, request, timeout_s, **options)
+        with node.stopped():
+            return call(channel, request, timeout_s, **options)
+
+    before = memory_files()
+    with monkeypatch.context() as patch:
+        patch.setattr(Channel, "call", hanging)
+        with pytest.raises(DeadlineExceeded) as caught:
+            node.client(timeout_s=0.2)
+    assert memory_files() == before
+    wait_for(lambda: store.statistics().connections == 1)
+    del caught  # whose traceback would have kept the connection open
+
+
+def test_a_client_that_can_have_no_more_threads_maps_memory_and_connects_anew_once_it_can(
+    node: Node, namespace: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name.startswith("kvstore-"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with node.client() as store:
+        monkeypatch.setattr(threading.Thread, "start", refused)
+        descriptors = open_files(os.getpid())
+        with pytest.raises(Unavailable, match="thread"):
+            node.client()
+        assert open_files(os.getpid()) == descriptors
+        store.put(namespace, b"k", b"mapped")
+        assert store.get(namespace, b"k") == b"mapped"
+        node.kill()
+        with pytest.raises(Unavailable):
+            store.statistics()
+        monkeypatch.undo()
+        node.start()
+        wait_for(lambda: answers(store))
+
+
+def answers(store: StoreClient) -> bool:
+    """Whether there is a daemon."""
+    try:
+        store.statistics()
+    except Unavailable:
+        return False
+    return True

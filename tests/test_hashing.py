@@ -27,7 +27,7 @@ from kvstore.hashing import (
     lmcache_namespace,
     lmcache_object_fields,
     lmcache_seed,
-    same_but_for_fingerprint,
+    same_but_for_keys,
 )
 
 os.environ.setdefault("LMCACHE_TRACK_USAGE", "false")
@@ -304,14 +304,18 @@ def test_the_seed_is_the_environments_where_vllm_is(monkeypatch: pytest.MonkeyPa
     assert lmcache_seed() == VLLM_SEED
 
 
-def test_namespaces_that_share_nothing_for_their_fingerprints_alone_can_be_told() -> None:
+def test_namespaces_that_share_nothing_for_their_keys_alone_can_be_told() -> None:
     one = lmcache_namespace("m", 0x01000100, algorithm="sha256_cbor", seed="0")
     two = lmcache_namespace("m", 0x01000100, algorithm="sha256_cbor", seed=VLLM_SEED)
     assert one != two
-    assert same_but_for_fingerprint(one, two)
-    assert same_but_for_fingerprint(one, one)
-    assert not same_but_for_fingerprint(one, lmcache_namespace("m", 0x01000100))
-    assert not same_but_for_fingerprint(one, lmcache_namespace("n", 0x01000100, algorithm="sha256_cbor"))
+    assert same_but_for_keys(one, two)
+    assert same_but_for_keys(one, one)
+    assert same_but_for_keys(one, lmcache_namespace("m", 0x01000100))
+    assert same_but_for_keys(one, lmcache_namespace("m", 0x01000100, block_tokens=16))
+    assert not same_but_for_keys(one, lmcache_namespace("n", 0x01000100, algorithm="sha256_cbor"))
+    assert not same_but_for_keys(one, lmcache_namespace("m", 0x01000100, dtype="float8"))
+    assert not same_but_for_keys(one, lmcache_engine_namespace("m", 1, 0, "bfloat16"))
+    assert not same_but_for_keys(one, Namespace("m", scheme="mine", block_tokens=256))
 
 
 # Namespaces of the server

@@ -28,7 +28,18 @@ ALLOWED = {
     },
 }
 TIERS_MAY = {"kvstore.block", "kvstore.errors", "kvstore.memory"}
-CLIENT_SIDE = ("client", "channel", "link", "leases", "keeper", "packing", "protocol", "memory", "hashing")
+CLIENT_SIDE = (
+    "client",
+    "channel",
+    "incoming",
+    "link",
+    "leases",
+    "keeper",
+    "packing",
+    "protocol",
+    "memory",
+    "hashing",
+)
 # Library -> the modules that may import it.
 ONLY_IN = {
     "fastapi": {"kvstore.node.http"},

@@ -6,7 +6,7 @@ from contextlib import suppress
 import pytest
 
 from kvstore.block import Medium, Namespace
-from kvstore.errors import TierError
+from kvstore.errors import InvalidRequest, TierError
 from kvstore.node import patience
 from kvstore.node.blocks import State
 from kvstore.node.breaker import FAILURES_MAX
@@ -659,6 +659,34 @@ async def test_a_key_that_nobody_has_is_a_miss_at_once() -> None:
         assert not lease.blocks
         assert asyncio.get_running_loop().time() == 0
         assert not stage.in_arena(b"b")
+
+
+@in_virtual_time
+async def test_a_key_with_another_length_is_busy_until_it_can_be_read_in_some_tier() -> None:
+    async with Stage([await stored(b"below")]) as stage:
+        stage.tier.holding = {"read", "write"}
+        loading = stage.acquiring(b"below")
+        await quiet()
+        assert stage.block_state(b"below") is State.LOADING
+        assert stage.reserve([b"below"], LENGTH).status == b"b"
+        with pytest.raises(InvalidRequest, match=f"is here with {LENGTH} bytes"):
+            stage.reserve([b"below"], KIB)
+        writing = stage.reserve([b"new"], LENGTH)
+        assert stage.reserve([b"new"], KIB).status == b"b"
+        # Removed while it is loaded: what comes of that nobody will read.
+        removing = asyncio.ensure_future(stage.remove(b"below"))
+        await quiet()
+        anew = stage.reserve([b"below"], KIB)
+        assert anew.status == b"g"
+        stage.tier.holding = set()
+        stage.tier.release()
+        assert await removing == 1
+        assert (await loading).blocks == []
+        stage.fill(writing, [b"new"])
+        stage.fill(anew, [b"below"])
+        for key, length in ((b"new", KIB), (b"below", LENGTH)):
+            with pytest.raises(InvalidRequest, match=f"nbytes is {length} for key {key.hex()}"):
+                stage.reserve([key], length)
 
 
 @in_virtual_time

@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import ssl
 import subprocess
 import sys
@@ -10,8 +9,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import pytest
 
@@ -19,9 +16,19 @@ from kvstore import protocol
 from kvstore.block import HitLength, Namespace
 from kvstore.client import StoreClient
 from kvstore.config import load
-from kvstore.errors import ConfigError, InvalidRequest, KVStoreError, LeaseError, Unauthorized, Unavailable
+from kvstore.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    InvalidRequest,
+    KVStoreError,
+    LeaseError,
+    TransferTooSlow,
+    Unauthorized,
+    Unavailable,
+)
 from kvstore.protocol import Keys, frame
-from tests.node import Node, RawConnection, open_files, wait_for
+from tests.node import SLACK_S, Node, RawConnection, open_files, wait_for
+from tests.proxy import Proxy
 
 MIB = 1 << 20
 TOKEN = "a-token-that-stays-at-home"
@@ -96,58 +103,6 @@ def reserve(raw: RawConnection, namespace: Namespace, names: Keys, lengths: int 
     assert answer.lease
     assert answer.slots.offsets == []
     return answer.lease
-
-
-class Proxy:
-    """Passes one connection on to an address, and keeps what went by in either direction.
-
-    What goes up waits for `up_open`, and what goes down for `down_open`; both are set at first.
-    """
-
-    def __init__(self, target: tuple[str, int]) -> None:
-        self._target = target
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
-        # Or it would take in a large payload by itself.
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
-        self.up = bytearray()
-        self.down = bytearray()
-        self.up_open, self.down_open = threading.Event(), threading.Event()
-        self.up_open.set()
-        self.down_open.set()
-        self._thread = threading.Thread(target=self._serve)
-
-    def _serve(self) -> None:
-        client, _ = self._listener.accept()
-        with client, socket.create_connection(self._target) as daemon:
-            back = threading.Thread(target=self._pass_on, args=(daemon, client, self.down, self.down_open))
-            back.start()
-            self._pass_on(client, daemon, self.up, self.up_open)
-            back.join()
-
-    @staticmethod
-    def _pass_on(
-        source: socket.socket, sink: socket.socket, seen: bytearray, is_open: threading.Event
-    ) -> None:
-        try:
-            while data := source.recv(1 << 16):
-                is_open.wait(20)
-                seen += data
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass  # either side may end without a word
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._thread.join(20)
-        self._listener.close()
-        assert not self._thread.is_alive()
 
 
 # Bit for bit.
@@ -273,6 +228,161 @@ def test_many_threads_share_one_connection(store: StoreClient, namespace: Namesp
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+# Slow connections: bytes that flow have `transfer_s`, silence `timeout_s`.
+
+
+@pytest.fixture
+def slow(node: Node) -> Iterator[Proxy]:
+    """A way to the daemon of 2 MB/s."""
+    with Proxy(endpoint(node), 2e6) as proxy:
+        yield proxy
+
+
+def slow_client(slow: Proxy) -> StoreClient:
+    """Who is not patient with silence."""
+    return StoreClient.connect(slow.address, token=TOKEN, timeout_s=0.5)
+
+
+def test_a_slow_payload_has_as_long_as_was_said_and_longer_than_silence(
+    slow: Proxy, namespace: Namespace
+) -> None:
+    data = os.urandom(3 * MIB)
+    with slow_client(slow) as store:
+        with store.reserve(namespace, [b"k"], len(data)) as write:
+            write.views[0][:] = data
+            write.commit(transfer_s=10)
+        with store.acquire(namespace, [b"k"], transfer_s=10) as read:
+            assert read.views[0] == data
+        assert store.lost is None
+
+
+def test_a_payload_that_is_sent_too_slowly_ends_the_connection_in_time(
+    slow: Proxy, store: StoreClient, namespace: Namespace
+) -> None:
+    with slow_client(slow) as sender:
+        with sender.reserve(namespace, [b"k"], 24 * MIB) as write:
+            started = time.monotonic()
+            with pytest.raises(TransferTooSlow):
+                write.commit(transfer_s=1.0)
+            assert 0.9 < time.monotonic() - started < 1.0 + SLACK_S
+            assert not write.valid
+        wait_for(lambda: sender.lost is None)
+        assert sender.hit_length(namespace, [b"k"]).dram == 0
+    wait_for(lambda: store.statistics().tiers[0].pending_blocks == 0)
+
+
+def test_a_payload_that_comes_too_slowly_ends_the_connection_in_time(
+    slow: Proxy, store: StoreClient, namespace: Namespace
+) -> None:
+    store.put(namespace, b"k", bytes(24 * MIB))
+    with slow_client(slow) as reader:
+        for verb in (
+            lambda: reader.acquire(namespace, [b"k"], transfer_s=1.0),
+            lambda: reader.acquire_each([(namespace, b"k")], transfer_s=1.0),
+            lambda: reader.get(namespace, b"k", timeout_s=1.0),
+        ):
+            wait_for(lambda: reader.lost is None)
+            started = time.monotonic()
+            with pytest.raises(TransferTooSlow):
+                verb()
+            assert 0.9 < time.monotonic() - started < 1.0 + SLACK_S
+            assert reader.lost is not None
+    store.remove(namespace, [b"k"])
+
+
+def test_a_payload_that_stops_ends_the_connection_after_silence(
+    slow: Proxy, store: StoreClient, namespace: Namespace
+) -> None:
+    store.put(namespace, b"k", bytes(8 * MIB))
+    with slow_client(slow) as reader:
+        errors: list[KVStoreError] = []
+
+        def read() -> None:
+            try:
+                reader.acquire(namespace, [b"k"])
+            except KVStoreError as error:
+                errors.append(error)
+
+        reading = threading.Thread(target=read)
+        reading.start()
+        wait_for(lambda: len(slow.down) > MIB)
+        slow.down_open.clear()
+        started = time.monotonic()
+        reading.join()
+        assert time.monotonic() - started < 0.5 + SLACK_S
+        assert [type(error) for error in errors] == [DeadlineExceeded]
+        assert reader.lost is not None
+        slow.down_open.set()
+
+
+def test_who_waits_behind_a_payload_that_comes_is_not_given_up_while_it_flows(
+    slow: Proxy, store: StoreClient, namespace: Namespace
+) -> None:
+    data = os.urandom(4 * MIB)
+    store.put(namespace, b"large", data)
+    store.put(namespace, b"small", b"small")
+    with slow_client(slow) as reader:
+        found: list[bool] = []
+
+        def read() -> None:
+            with reader.acquire(namespace, [b"large"]) as lease:
+                found.append(lease.views[0] == data)
+
+        reading = threading.Thread(target=read)
+        reading.start()
+        wait_for(lambda: len(slow.down) > MIB // 4)
+        started = time.monotonic()
+        with pytest.raises(TransferTooSlow):
+            reader.acquire(namespace, [b"small"], transfer_s=0.3)
+        assert 0.7 < time.monotonic() - started < 0.8 + SLACK_S
+        assert reader.hit_length(namespace, [b"small"]).dram == 1
+        assert time.monotonic() - started > 1.0
+        reading.join()
+        assert found == [True]
+        assert reader.get(namespace, b"small") == b"small"
+
+
+def test_who_waits_behind_a_payload_that_is_sent_leaves_the_connection_whole(
+    slow: Proxy, namespace: Namespace
+) -> None:
+    data = os.urandom(12 * MIB)
+    with slow_client(slow) as store, store.reserve(namespace, [b"k"], len(data)) as write:
+        write.views[0][:] = data
+        committing = threading.Thread(target=write.commit)
+        committing.start()
+        wait_for(lambda: len(slow.up) > MIB // 4)
+        started = time.monotonic()
+        with pytest.raises(TransferTooSlow):
+            store.acquire(namespace, [b"k"], transfer_s=0.5)
+        assert time.monotonic() - started < 0.5 + SLACK_S
+        assert store.hit_length(namespace, [b"none"]).dram == 0
+        assert time.monotonic() - started > 1.0
+        committing.join()
+        assert store.lost is None
+        assert list(store.length_each([(namespace, b"k")])) == [len(data)]
+
+
+def test_closing_does_not_wait_for_a_payload(slow: Proxy, namespace: Namespace) -> None:
+    store = slow_client(slow)
+    write = store.reserve(namespace, [b"k"], 24 * MIB)
+    errors: list[type[KVStoreError]] = []
+
+    def commit() -> None:
+        try:
+            write.commit()
+        except KVStoreError as error:
+            errors.append(type(error))
+
+    committing = threading.Thread(target=commit)
+    committing.start()
+    wait_for(lambda: len(slow.up) > MIB)
+    started = time.monotonic()
+    store.close()
+    committing.join()
+    assert time.monotonic() - started < SLACK_S
+    assert errors == [Unavailable]
 
 
 # Only with the token.

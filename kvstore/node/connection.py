@@ -119,8 +119,7 @@ class Connection(asyncio.BufferedProtocol):
         self._closing = True
         self._targets.clear()
         while self._outgoing:
-            if (after := self._outgoing.popleft().after) is not None:
-                after()
+            _ended(self._outgoing.popleft())
         self._handler.lost()
         del self._handler  # which refers to this connection: without it both go at once
 
@@ -145,8 +144,7 @@ class Connection(asyncio.BufferedProtocol):
     ) -> None:
         """Send a frame, then its payload; call `after` once they are sent or the connection is lost."""
         if self._closing:
-            if after is not None:
-                after()
+            _ended(_Outgoing([], None, after))
             return
         if not (payload or fd or after or self._outgoing or self._blocked):
             self.bytes_sent += len(data)
@@ -267,8 +265,7 @@ class Connection(asyncio.BufferedProtocol):
             if self._blocked:
                 return
             self._outgoing.popleft()
-            if outgoing.after is not None:
-                outgoing.after()
+            _ended(outgoing)
         if not self._outgoing and not self._closing and not self._transport.is_reading():
             self._transport.resume_reading()
 
@@ -287,6 +284,15 @@ class Connection(asyncio.BufferedProtocol):
         outgoing.chunks.clear()
         outgoing.fd = None
         return True
+
+
+def _ended(outgoing: _Outgoing) -> None:
+    """Do what was to be done. A mistake in it must keep neither what comes next nor the handler's `lost`."""
+    if outgoing.after is not None:
+        try:
+            outgoing.after()
+        except Exception:
+            logger.exception("what was to be done after an answer failed")
 
 
 def discarding(nbytes: int) -> list[memoryview]:

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 FRAME_TIMEOUT_S: Final = 5.0
 _SOCKET_PATH_BYTES_MAX: Final = 107
 _TICK_S: Final = 0.02
+# How long the ends of connections may take, which take no time at all.
+_CLOSE_S: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +116,11 @@ class Server:
             server.close()
         for connection, _ in list(self._sessions.values()):
             connection.abort()
-        while self._sessions:
-            await asyncio.sleep(0)
+        until = time.monotonic() + _CLOSE_S
+        while self._sessions and time.monotonic() < until:
+            await asyncio.sleep(0.001)
+        if self._sessions:
+            logger.error("%d sessions have not ended within %s s", len(self._sessions), _CLOSE_S)
         self._quarantine.close()
 
     # Host of the sessions.

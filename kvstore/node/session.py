@@ -281,7 +281,7 @@ class Session:
     def _release(self, _: int, request: protocol.Release) -> protocol.Answer:
         missing = 0
         for lease_id in request.leases:
-            if lease_id in self.holder.reads:
+            if lease_id in self.holder.reads and self.holder.maps:
                 self._store.readers.release(self.holder, lease_id)
             elif (earlier := next((h for h in self._earlier if lease_id in h.reads), None)) is not None:
                 self._store.readers.release(earlier, lease_id)
@@ -351,7 +351,9 @@ class Session:
     def _goodbye(self, _: int, __: protocol.Goodbye) -> protocol.Answer:
         for task in self._tasks:  # or what is freed now would be granted to them
             task.cancel()
-        self._store.end(self.holder)
+        # What is being sent stays pinned until it is sent.
+        for lease_id in self.holder.lease_ids() if self.holder.maps else [*self.holder.writes]:
+            self._store.end_lease(self.holder, lease_id)
         for earlier in self._earlier:
             self._store.end(earlier)
             self._host.emptied(earlier)

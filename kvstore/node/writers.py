@@ -44,7 +44,7 @@ class Writers:
         room is refused. The lease is the holder's until every granted key is committed or it is aborted.
 
         Raises:
-            InvalidRequest: a key occurs twice, or is here with another length. Nothing was reserved.
+            InvalidRequest: a key occurs twice, or can be read here with another length. Nothing was reserved.
         """
         check_distinct(keys)
         last = None if parent is None else shelves[0].resident(parent)
@@ -167,8 +167,9 @@ class Writers:
             if not 1 <= length <= capacity:
                 raise InvalidRequest(f"nbytes is {length}; give 1 to {capacity} bytes, the arena's capacity")
         for (shelves, key), length in zip(items, lengths, strict=True):
+            # One that is pending somewhere may never be readable: until it is, the key is only busy.
             for shelf in shelves:
-                block = shelf.resident(key)
+                block = shelf.sealed.get(key)
                 if block is None or block.length == length:
                     continue
                 raise InvalidRequest(
