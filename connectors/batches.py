@@ -6,13 +6,15 @@ over by its deadline (a time of `time.monotonic`).
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Final
 
+from connectors import pools
 from connectors.copying import Copier, Pairs
 from connectors.daemon import Daemon
+from kvstore.block import Namespace
 from kvstore.client import KEYS_MAX, Item, StoreClient, WriteLease, copy
 from kvstore.errors import DeadlineExceeded, InvalidRequest, KVStoreError, TierError
 
@@ -32,20 +34,29 @@ _LOOK_S: Final = 0.005
 
 
 class Batches:
-    """Stores and loads for one connector. `threads` copy, and as many wait for what is on its way."""
+    """Stores and loads for one connector. `threads` copy, and as many wait for what is on its way.
+
+    Raises:
+        InvalidRequest: so many threads cannot be had.
+    """
 
     def __init__(self, daemon: Daemon, threads: int) -> None:
         self._daemon = daemon
         self._threads = threads
         self._copier = Copier(threads)
-        self._waiters = ThreadPoolExecutor(threads, thread_name_prefix="kvstore-wait")
+        try:
+            self._waiters = pools.start("wait", threads)
+        except InvalidRequest:
+            self._copier.close()
+            raise
         self._closed = threading.Event()
 
     def store(self, items: Sequence[Item], sources: Sequence[Parts], deadline: float) -> int:
         """Store all of these blocks, whose parts are `sources`, or none; how many bytes were copied.
 
         What is here already is left as it is, unless it has another length: then it is replaced. What
-        somebody else is writing is waited for, and ours are in place meanwhile.
+        somebody else is writing is waited for, and ours are in place meanwhile; they are removed again if it
+        comes to nothing, as far as the daemon answers then.
 
         Raises:
             DeadlineExceeded: somebody else is still writing some of them.
@@ -55,14 +66,18 @@ class Batches:
         """
         wanted = dict(zip(items, sources, strict=True))
         copied = 0
-        while wanted:
-            with self._daemon.asking() as store:
-                _check_room(store, wanted)
-                busy, nbytes = self._publish(store, wanted, deadline)
-            copied += nbytes
-            wanted = {item: wanted[item] for item in busy}
-            if wanted and (time.monotonic() > deadline or self._closed.wait(_LOOK_S)):
-                raise DeadlineExceeded(f"{len(wanted)} blocks are still being written by somebody else")
+        in_place: list[Item] = []
+        with ExitStack() as undo:
+            undo.callback(self._take_back, in_place)
+            while wanted:
+                with self._daemon.moving() as store:
+                    _check_room(store, wanted)
+                    busy, nbytes = self._publish(store, wanted, in_place, deadline)
+                copied += nbytes
+                wanted = {item: wanted[item] for item in busy}
+                if wanted and (time.monotonic() > deadline or self._closed.wait(_LOOK_S)):
+                    raise DeadlineExceeded(f"{len(wanted)} blocks are still being written by somebody else")
+            undo.pop_all()
         return copied
 
     def load(
@@ -92,13 +107,8 @@ class Batches:
         if len(missing) == len(items) == 1:
             fetch(missing)
             return loaded
-        arrivals = [self._waiters.submit(fetch, window) for window in self._windows(items, missing)]
-        try:
-            self._copier.copy(pairs)
-        finally:
-            wait(arrivals)  # whatever happens, nobody writes into the caller's buffers after this
-        for arrival in arrivals:
-            arrival.result()
+        # Whatever happens, nobody writes into the caller's buffers after this.
+        pools.share(self._waiters, fetch, self._windows(items, missing), partial(self._copier.copy, pairs))
         return loaded
 
     def stop(self) -> None:
@@ -113,9 +123,12 @@ class Batches:
     # Stores.
 
     def _publish(
-        self, store: StoreClient, wanted: Mapping[Item, Parts], deadline: float
+        self, store: StoreClient, wanted: Mapping[Item, Parts], in_place: list[Item], deadline: float
     ) -> tuple[list[Item], int]:
-        """Reserve, copy and commit all of it, or nothing; what is busy, and how many bytes were copied."""
+        """Reserve and copy all of it, or nothing, and commit; what is busy, and how many bytes were copied.
+
+        What may be readable from now on, even when this raises, is added to `in_place`.
+        """
         busy: list[Item] = []
         pairs: list[tuple[memoryview, memoryview]] = []
         items = list(wanted)
@@ -135,8 +148,18 @@ class Batches:
                 writes.append(write)
             nbytes = self._copier.copy(pairs)
             for write in writes:
-                write.commit()
+                in_place += write.granted
+                write.commit(transfer_s=_left_s(deadline))
         return busy, nbytes
+
+    def _take_back(self, in_place: Sequence[Item]) -> None:
+        """Remove what a store that has failed had put in place."""
+        try:
+            for namespace, keys in _by_namespace(in_place):
+                with self._daemon.asking() as store:
+                    store.remove(namespace, keys, lasting=False)
+        except KVStoreError as error:
+            self._daemon.complain(error)
 
     def _reserve(
         self, store: StoreClient, items: Sequence[Item], wanted: Mapping[Item, Parts], deadline: float
@@ -144,24 +167,32 @@ class Batches:
         lengths = [_length(wanted[item]) for item in items]
         while True:
             left_s = _left_s(deadline)
-            write = self._reserve_once(store, items, lengths, min(left_s, _PATIENCE_S))
+            write = self._reserve_once(store, items, lengths, deadline)
             if not write.refused or left_s <= _PATIENCE_S or self._closed.is_set():
                 return write
             write.end_quietly()
 
     def _reserve_once(
-        self, store: StoreClient, items: Sequence[Item], lengths: list[int], wait_s: float
+        self, store: StoreClient, items: Sequence[Item], lengths: list[int], deadline: float
     ) -> WriteLease[Item]:
+        def reserve() -> WriteLease[Item]:
+            wait_s, transfer_s = _waits(store, _left_s(deadline))
+            return store.reserve_each(items, lengths, wait_s=wait_s, transfer_s=transfer_s)
+
         try:
-            return store.reserve_each(items, lengths, wait_s=wait_s)
+            return reserve()
         except InvalidRequest:
-            here = store.length_each(items)
-            other = [item for item, old, new in zip(items, here, lengths, strict=True) if old not in (0, new)]
-            if not other:
-                raise
-            for namespace, key in other:  # rare, and what a crash brings back is replaced again
-                store.remove(namespace, [key], lasting=False)
-            return store.reserve_each(items, lengths, wait_s=wait_s)
+            with self._daemon.asking() as questions:
+                here = questions.length_each(items)
+                there = zip(items, here, lengths, strict=True)
+                other = [item for item, old, new in there if old not in (0, new)]
+                if not other:
+                    raise
+                for namespace, keys in _by_namespace(other):
+                    if not _left_s(deadline):
+                        raise
+                    questions.remove(namespace, keys, lasting=False)  # a crash may bring it back
+            return reserve()
 
     # Loads.
 
@@ -169,23 +200,23 @@ class Batches:
         self, items: Sequence[Item], window: Sequence[int], place: Place, deadline: float
     ) -> Iterator[int]:
         """Wait for these blocks and copy them; the indices of those that have come."""
-        while window and (left_s := _left_s(deadline)) and not self._closed.is_set():
+        while window and _left_s(deadline) and not self._closed.is_set():
             try:
-                with (
-                    self._daemon.asking() as store,
-                    store.acquire_each([items[i] for i in window], wait_s=min(left_s, _PATIENCE_S)) as lease,
-                ):
-                    views = dict(zip(window, lease.views, strict=True))
-                    for index, block in views.items():
-                        placed = None if block is None else place(index, block)
-                        if placed is not None:
-                            for target, source in placed:
-                                copy(target, source)
-                            yield index
+                wanted = [items[index] for index in window]
+                with self._daemon.moving() as store:
+                    wait_s, transfer_s = _waits(store, _left_s(deadline))
+                    with store.acquire_each(wanted, wait_s=wait_s, transfer_s=transfer_s) as lease:
+                        views = dict(zip(window, lease.views, strict=True))
+                        for index, block in views.items():
+                            placed = None if block is None else place(index, block)
+                            if placed is not None:
+                                for target, source in placed:
+                                    copy(target, source)
+                                yield index
                 missing = [index for index, block in views.items() if block is None]
                 if len(missing) == len(window) and not lease.limited:
                     with self._daemon.asking() as store:
-                        if not any(store.hit_each([items[i] for i in window])):
+                        if not any(store.hit_each(wanted)):
                             return
             except KVStoreError as error:
                 self._daemon.complain(error)
@@ -218,6 +249,16 @@ class Batches:
         return windows
 
 
+def _by_namespace(items: Iterable[Item]) -> Iterator[tuple[Namespace, list[bytes]]]:
+    """The keys of each namespace, as many at a time as a request may name."""
+    groups: dict[Namespace, list[bytes]] = {}
+    for namespace, key in items:
+        groups.setdefault(namespace, []).append(key)
+    for namespace, keys in groups.items():
+        for start in range(0, len(keys), KEYS_MAX):
+            yield namespace, keys[start : start + KEYS_MAX]
+
+
 def _length(parts: Parts) -> int:
     return sum(map(len, parts))
 
@@ -241,3 +282,12 @@ def _check_room(store: StoreClient, wanted: Mapping[Item, Parts]) -> None:
 
 def _left_s(deadline: float) -> float:
     return max(0.0, deadline - time.monotonic())
+
+
+def _waits(store: StoreClient, left_s: float) -> tuple[float, float]:
+    """How long the daemon may wait before it answers, and how long the bytes may take over TCP after that.
+
+    They have half of the time or more, for other bytes may be ahead of them.
+    """
+    wait_s = min(left_s if store.shares_memory else left_s / 2, _PATIENCE_S)
+    return wait_s, left_s - wait_s

@@ -1,9 +1,10 @@
 """Copying many blocks at once, in threads that do not hold the GIL. It knows of no engine and no daemon."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any, Final
 
+from connectors import pools
 from kvstore.client import copy
 
 # Less is copied sooner than other threads are awake.
@@ -13,11 +14,15 @@ Pairs = Sequence[tuple[memoryview, memoryview]]
 
 
 class Copier:
-    """Copies with up to `threads` threads, the caller's among them. From any thread."""
+    """Copies with up to `threads` threads, the caller's among them. From any thread.
+
+    Raises:
+        InvalidRequest: so many threads cannot be had.
+    """
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
-        self._others = ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="kvstore-copy")
+        self._others = pools.start("copy", max(1, threads - 1))
 
     def copy(self, pairs: Pairs) -> int:
         """Copy each source into its target, which is as long; returns how many bytes, when all are there."""
@@ -26,13 +31,7 @@ class Copier:
             _copy_all(pairs)
             return nbytes
         mine, *others = _shares(pairs, nbytes // self._threads + 1)
-        under_way = [self._others.submit(_copy_all, share) for share in others]
-        try:
-            _copy_all(mine)
-        finally:
-            wait(under_way)
-        for share in under_way:
-            share.result()
+        pools.share(self._others, _copy_all, others, partial(_copy_all, mine))
         return nbytes
 
     def close(self) -> None:

@@ -14,13 +14,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 from lmcache.lmcache_native import Bitmap
-from lmcache.v1.distributed.api import KeyEntry, KeyListPage, MemoryLayoutDesc, ObjectKey
+from lmcache.v1.distributed.api import KeyListPage, MemoryLayoutDesc, ObjectKey
 from lmcache.v1.distributed.internal_api import L1MemoryDesc, L2StoreResult
 from lmcache.v1.distributed.l2_adapters.base import AdapterUsage, L2AdapterInterface
 from lmcache.v1.memory_management import MemoryObj
@@ -30,11 +31,12 @@ from lmcache.v1.platform import create_event_notifier
 from connectors.batches import Batches
 from connectors.copying import Pairs, bytes_of
 from connectors.daemon import Daemon
+from connectors.listing import key_page
 from connectors.locks import Locks
 from connectors.namespaces import Namespaces
 from connectors.parameters import Parameters
 from connectors.tasks import Tasks
-from kvstore.block import NAMESPACE_ID_BYTES, Namespace
+from kvstore.block import Namespace
 from kvstore.client import KEYS_MAX, EachLease, Item, StoreClient
 from kvstore.errors import InvalidRequest, KVStoreError, TierError
 from kvstore.hashing import lmcache_kv_rank, lmcache_namespace, lmcache_object_fields, lmcache_seed
@@ -42,6 +44,8 @@ from kvstore.hashing import lmcache_kv_rank, lmcache_namespace, lmcache_object_f
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
+# A part of the name that LMCache's thread has by Python's default.
+_EVICTION_THREAD: Final = "eviction_loop"
 # Totals since the adapter was made, in objects unless they are bytes.
 _COUNTED: Final = (
     *("stored", "stored_bytes", "failed_stores", "looked_up", "found"),
@@ -89,19 +93,28 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
             return True
 
         self._scheme = like.scheme
-        self._daemon = Daemon(parameters.address, timeout_s=parameters.silence_s, token=parameters.secret)
-        self._namespaces = Namespaces(self._daemon, make, ours)
-        self._batches = Batches(self._daemon, parameters.threads)
-        self._locks: Locks[ObjectKey] = Locks(parameters.lock_age_max_s)
-        self._stores: Tasks[L2StoreResult] = Tasks("store", parameters.threads, create_event_notifier())
-        self._lookups: Tasks[Bitmap] = Tasks("lookup", parameters.threads, create_event_notifier())
-        self._loads: Tasks[Bitmap] = Tasks("load", parameters.threads, create_event_notifier())
         self._counters = Counter(dict.fromkeys(_COUNTED, 0))
         self._counting = threading.Lock()
         self._pinning = threading.Lock()  # of two lookups, the second must know what the first has pinned
         self._usage = AdapterUsage(0, 0)
         self._closed = threading.Event()
-        threading.Thread(target=self._expire_locks, name="kvstore-locks", daemon=True).start()
+        with ExitStack() as opened:  # which end in the other order: those that use others first
+            self._daemon = Daemon(parameters.address, timeout_s=parameters.silence_s, token=parameters.secret)
+            opened.callback(self._daemon.close)
+            self._namespaces = Namespaces(self._daemon, make, ours)
+            opened.callback(self._namespaces.close)
+            self._locks: Locks[ObjectKey] = Locks(parameters.lock_age_max_s)
+            opened.callback(self._locks.clear)
+            self._batches = Batches(self._daemon, parameters.threads)
+            opened.callback(self._batches.close)
+            self._stores: Tasks[L2StoreResult] = Tasks("store", parameters.threads, create_event_notifier())
+            opened.callback(self._stores.close)
+            self._lookups: Tasks[Bitmap] = Tasks("lookup", parameters.threads, create_event_notifier())
+            opened.callback(self._lookups.close)
+            self._loads: Tasks[Bitmap] = Tasks("load", parameters.threads, create_event_notifier())
+            opened.callback(self._loads.close)
+            threading.Thread(target=self._expire_locks, name="kvstore-locks", daemon=True).start()
+            self._opened = opened.pop_all()
 
     def get_store_event_fd(self) -> int:
         """See LMCache's L2AdapterInterface, as for all methods here."""
@@ -117,7 +130,7 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
 
     def submit_store_task(self, keys: list[ObjectKey], objects: list[MemoryObj]) -> int:
         work = partial(self._store, keys, objects, self._deadline(self._parameters.transfer_timeout_s))
-        return self._stores.submit(partial(self._ended, work, lambda: L2StoreResult(False, 0)))
+        return self._submit(self._stores, work, L2StoreResult(False, 0))
 
     def pop_completed_store_tasks(self) -> dict[int, L2StoreResult]:
         return self._stores.take_all()
@@ -139,7 +152,7 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         self, keys: list[ObjectKey], group_layout_descs: dict[int, MemoryLayoutDesc]
     ) -> int:
         work = partial(self._lookup, keys, self._deadline(self._parameters.timeout_s))
-        return self._lookups.submit(partial(self._ended, work, lambda: Bitmap(len(keys))))
+        return self._submit(self._lookups, work, Bitmap(len(keys)))
 
     def query_lookup_and_lock_result(self, task_id: int) -> Bitmap | None:
         return self._lookups.take(task_id)
@@ -170,8 +183,9 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
             if not self._pinning.acquire(timeout=max(0.0, deadline - time.monotonic())):
                 return []
             try:
+                removals = self._locks.removals
                 lease, pinned = self._pin(store, items, deadline)
-                self._locks.add(lease, {keys[index]: view for index, view in pinned.items()}, ())
+                self._locks.add(lease, {keys[index]: view for index, view in pinned.items()}, (), removals)
             finally:
                 self._pinning.release()
             others = [index for index in range(len(keys)) if index not in pinned]
@@ -217,7 +231,7 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
 
     def submit_load_task(self, keys: list[ObjectKey], objects: list[MemoryObj]) -> int:
         work = partial(self._load, keys, objects, self._deadline(self._parameters.transfer_timeout_s))
-        return self._loads.submit(partial(self._ended, work, lambda: Bitmap(len(keys))))
+        return self._submit(self._loads, work, Bitmap(len(keys)))
 
     def query_load_result(self, task_id: int) -> Bitmap | None:
         return self._loads.take(task_id)
@@ -246,8 +260,17 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         """Hide these objects now, in all tiers; what is locked is freed when it is unlocked.
 
         Raises:
-            KVStoreError: the daemon is away.
+            KVStoreError: the daemon is away. LMCache's eviction, which would end with it for good, is told
+                nothing: it finds the same objects again in its next round.
         """
+        try:
+            self._delete(keys)
+        except KVStoreError as error:
+            if _EVICTION_THREAD not in threading.current_thread().name:
+                raise
+            self._daemon.complain(error)
+
+    def _delete(self, keys: list[ObjectKey]) -> None:
         items = self._items(keys)
         for start in range(0, len(items), KEYS_MAX):
             part = items[start : start + KEYS_MAX]
@@ -256,47 +279,28 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
                 by_namespace.setdefault(namespace, []).append(key)
             with self._daemon.asking() as store:
                 lengths = store.length_each(part)
-                self._locks.hide(keys[start : start + KEYS_MAX])
-                for namespace, names in by_namespace.items():
-                    try:
-                        store.remove(namespace, names)
-                    except TierError as error:  # hidden all the same; to raise would end LMCache's eviction
-                        logger.warning("%s", error)
-            gone = [index for index, length in enumerate(lengths) if length]
-            self._notify_keys_deleted(
-                [keys[start + index] for index in gone], [lengths[index] for index in gone]
-            )
+                try:
+                    for namespace, names in by_namespace.items():
+                        try:
+                            store.remove(namespace, names)
+                        except TierError as error:  # hidden all the same
+                            logger.warning("%s", error)
+                finally:
+                    self._locks.hide(keys[start : start + KEYS_MAX])
+            gone = [keys[start + index] for index, length in enumerate(lengths) if length]
+            # The lengths are for sums that `get_usage` does not use, and that know what this process stored.
+            self._notify_keys_deleted(gone, [0] * len(gone))
 
     def list_l2_keys(
         self, model_name: str | None = None, page_size: int = 500, cursor: str | None = None
     ) -> KeyListPage:
         if page_size <= 0:
             raise ValueError(f"page_size is {page_size}; give 1 or more")
-        first, after = _parse_cursor(cursor)
         try:
-            return self._page(model_name, page_size, first, after)
+            with self._daemon.asking() as store:
+                return key_page(store, self._namespaces, model_name, page_size, cursor)
         except KVStoreError as error:  # what LMCache's HTTP has an answer for
             raise Unavailable(str(error)) from error
-
-    def _page(self, model_name: str | None, page_size: int, first: bytes, after: int) -> KeyListPage:
-        """A page from a place in the namespace with the id `first`, or behind it."""
-        entries: list[KeyEntry] = []
-        with self._daemon.asking() as store:
-            for use in self._namespaces.used(store):
-                namespace = use.namespace
-                if namespace.id < first or model_name not in (None, namespace.model):
-                    continue
-                fields = lmcache_object_fields(namespace)
-                place: int | None = after if namespace.id == first else 0
-                while place is not None:
-                    if len(entries) == page_size:
-                        return KeyListPage(tuple(entries), f"{namespace.id.hex()}:{place}")
-                    page = store.list(namespace, place, limit=min(page_size - len(entries), KEYS_MAX))
-                    place = page.cursor
-                    for key, length in zip(page.keys, page.lengths, strict=True):
-                        name = ObjectKey(key, *fields)
-                        entries.append(KeyEntry(name.to_encoded_object_key(), length))
-        return KeyListPage(tuple(entries), None)
 
     def get_usage(self) -> AdapterUsage:
         """The bytes in the daemon's largest medium, in all and of each salt.
@@ -336,25 +340,23 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
             return
         self._closed.set()
         self._batches.stop()
-        for tasks in (self._stores, self._lookups, self._loads):
-            tasks.close()
-        self._batches.close()
-        self._locks.clear()
-        self._daemon.close()
+        self._opened.close()
 
     # Helpers.
 
-    def _ended(self, work: Callable[[], R], failed: Callable[[], R]) -> R:
-        """The task's result: LMCache waits for it, whatever has happened."""
-        if self._closed.is_set():
-            return failed()
-        try:
-            return work()
-        except KVStoreError as error:
-            self._daemon.complain(error)
-        except Exception:
-            logger.exception("a task of LMCache failed")
-        return failed()
+    def _submit(self, tasks: Tasks[R], work: Callable[[], R], failed: R) -> int:
+        """A task that ends with `failed` where the daemon does not serve it."""
+
+        def run() -> R:
+            if self._closed.is_set():
+                return failed
+            try:
+                return work()
+            except KVStoreError as error:
+                self._daemon.complain(error)
+                return failed
+
+        return tasks.submit(run, failed)
 
     def _count(self, **added: int) -> None:
         with self._counting:
@@ -375,17 +377,3 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
             (of(key.model_name, key.kv_rank, key.object_group_id, key.cache_salt), key.chunk_hash)
             for key in keys
         ]
-
-
-def _parse_cursor(cursor: str | None) -> tuple[bytes, int]:
-    """The namespace to go on with, by its id, and the place in it."""
-    if cursor is None:
-        return b"", 0
-    try:
-        name, text = cursor.split(":")
-        namespace_id, place = bytes.fromhex(name), int(text)
-    except ValueError:
-        namespace_id, place = b"", -1
-    if len(namespace_id) != NAMESPACE_ID_BYTES or not 0 <= place < 1 << 63:
-        raise ValueError(f"cursor {cursor!r} is none that list_l2_keys has returned")
-    return namespace_id, place

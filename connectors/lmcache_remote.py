@@ -17,6 +17,7 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import takewhile
 from operator import truth
 from typing import Any, Final, TypeVar
@@ -28,6 +29,7 @@ from lmcache.v1.protocol import RemoteMetadata
 from lmcache.v1.storage_backend.connector.base_connector import RemoteConnector
 from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
 
+from connectors import pools
 from connectors.batches import Batches
 from connectors.copying import Pairs, bytes_of
 from connectors.daemon import Daemon
@@ -58,7 +60,7 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
     own. Coroutines run on `loop`, and what they wait for in threads.
 
     Raises:
-        InvalidRequest: a parameter is unknown or out of range.
+        InvalidRequest: a parameter is unknown or out of range, or so many threads cannot be had.
     """
 
     def __init__(
@@ -98,13 +100,21 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
             fields = there.block_tokens, there.layout, there.scheme
             return fields == (parameters.block_tokens, layout, scheme)
 
-        self._daemon = Daemon(parameters.address, timeout_s=parameters.silence_s, token=parameters.secret)
-        self._namespaces = Namespaces(self._daemon, make, ours)
-        self._batches = Batches(self._daemon, parameters.threads)
-        self._puts = ThreadPoolExecutor(parameters.threads, thread_name_prefix="kvstore-put")
-        self._gets = ThreadPoolExecutor(parameters.threads, thread_name_prefix="kvstore-get")
-        self._questions = ThreadPoolExecutor(_QUESTION_THREADS, thread_name_prefix="kvstore-question")
         self._closed = False
+        with ExitStack() as opened:  # which end in the other order: those that use others first
+            self._daemon = Daemon(parameters.address, timeout_s=parameters.silence_s, token=parameters.secret)
+            opened.callback(self._daemon.close)
+            self._namespaces = Namespaces(self._daemon, make, ours)
+            opened.callback(self._namespaces.close)
+            self._batches = Batches(self._daemon, parameters.threads)
+            opened.callback(self._batches.close)
+            self._puts = pools.start("put", parameters.threads)
+            opened.callback(self._puts.shutdown)
+            self._gets = pools.start("get", parameters.threads)
+            opened.callback(self._gets.shutdown)
+            self._questions = pools.start("question", _QUESTION_THREADS)
+            opened.callback(self._questions.shutdown)
+            self._opened = opened.pop_all()
 
     # Questions.
 
@@ -280,10 +290,7 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
 
     def _close(self) -> None:
         self._batches.stop()
-        for threads in (self._puts, self._gets, self._questions):
-            threads.shutdown(wait=True)
-        self._batches.close()
-        self._daemon.close()
+        self._opened.close()
 
     # Helpers.
 

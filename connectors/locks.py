@@ -59,11 +59,22 @@ class Locks(Generic[K]):
         self._key_to_holds: dict[K, list[_Hold[K]]] = {}
         self._holds: OrderedDict[_Hold[K], None] = OrderedDict()
         self._expired = 0
+        self.removals = 0  # how often keys were hidden
         self.pinned_bytes = 0
         self._lock = threading.Lock()
 
-    def add(self, lease: EachLease | None, pinned: dict[K, memoryview], unpinned: Collection[K]) -> None:
-        """Lock what a lookup has found. `pinned` are by its lease, which is ours from now on."""
+    def add(
+        self,
+        lease: EachLease | None,
+        pinned: dict[K, memoryview],
+        unpinned: Collection[K],
+        removals: int | None = None,
+    ) -> None:
+        """Lock what a lookup has found. `pinned` are by its lease, which is ours from now on.
+
+        If `removals`, as it was when the lookup began, has changed, what is pinned may be what was removed.
+        It stays pinned then, and is not read.
+        """
         if lease is not None and not pinned:
             lease.end_quietly()
             lease = None
@@ -72,6 +83,8 @@ class Locks(Generic[K]):
             return
         hold = _Hold(lease, pinned, {*pinned, *unpinned}, self._clock())
         with self._lock:
+            if removals not in (None, self.removals):
+                hold.views.clear()
             for key in hold.keys:
                 self._key_to_holds.setdefault(key, []).append(hold)
             self._holds[hold] = None
@@ -98,6 +111,7 @@ class Locks(Generic[K]):
     def hide(self, keys: Sequence[K]) -> None:
         """What is locked of these keys is not theirs any more: it stays pinned, and is not read."""
         with self._lock:
+            self.removals += 1
             for key in keys:
                 for hold in self._key_to_holds.get(key, ()):
                     hold.views.pop(key, None)

@@ -1,11 +1,14 @@
 """What a connector is told by its engine's configuration. Checked once; an unknown name is an error."""
 
 import os
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import msgspec
 
 from kvstore.errors import InvalidRequest
+
+# LMCache lets go of the memory of a store or a load after 300 s; what came later would be somebody else's.
+_TRANSFER_TIMEOUT_MAX_S: Final = 240.0
 
 
 class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -38,9 +41,16 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             raise InvalidRequest(f"{exc}; known are {', '.join(cls.__struct_fields__)}") from None
         if not 1 <= parameters.threads <= 64:
             raise InvalidRequest(f"threads is {parameters.threads}; give 1 to 64")
-        for name in ("timeout_s", "transfer_timeout_s", "lock_age_max_s"):
-            if not 0.01 <= getattr(parameters, name) <= 3600:
-                raise InvalidRequest(f"{name} is {getattr(parameters, name)}; give 0.01 to 3600 seconds")
+        limits = {
+            "timeout_s": 3600.0,
+            "transfer_timeout_s": _TRANSFER_TIMEOUT_MAX_S,
+            "lock_age_max_s": 3600.0,
+        }
+        for name, limit_s in limits.items():
+            if not 0.01 <= getattr(parameters, name) <= limit_s:
+                raise InvalidRequest(
+                    f"{name} is {getattr(parameters, name)}; give 0.01 to {limit_s:g} seconds"
+                )
         if parameters.transfer_timeout_s < parameters.timeout_s:
             raise InvalidRequest(
                 f"transfer_timeout_s is {parameters.transfer_timeout_s}; give timeout_s, "

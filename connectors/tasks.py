@@ -1,9 +1,14 @@
 """Tasks that an engine submits and asks about later: threads, results, and a descriptor that says so."""
 
+import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, Protocol, TypeVar
+
+from connectors import pools
+from kvstore.errors import InvalidRequest
+
+logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
@@ -22,10 +27,18 @@ class Notifier(Protocol):
 
 
 class Tasks(Generic[R]):
-    """Tasks of one kind, `threads` of which run at once. Each result is handed out once."""
+    """Tasks of one kind, `threads` of which run at once. Each result is handed out once.
+
+    Raises:
+        InvalidRequest: so many threads cannot be had; the descriptor is closed.
+    """
 
     def __init__(self, name: str, threads: int, notifier: Notifier) -> None:
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix=f"kvstore-{name}")
+        try:
+            self._threads = pools.start(name, threads)
+        except InvalidRequest:
+            notifier.close()
+            raise
         self._notifier = notifier
         self._results: dict[int, R] = {}
         self._last_id = 0
@@ -35,11 +48,11 @@ class Tasks(Generic[R]):
         """What becomes readable when a task has ended."""
         return self._notifier.fileno()
 
-    def submit(self, work: Callable[[], R]) -> int:
-        """Run `work`, which raises nothing, soon; the task's id."""
+    def submit(self, work: Callable[[], R], failed: R) -> int:
+        """Run `work` soon; the task's id. Its result is `failed` if it raises, which it is not meant to."""
         with self._lock:
             self._last_id = task_id = self._last_id + 1
-        self._threads.submit(self._run, task_id, work)
+        self._threads.submit(self._run, task_id, work, failed)
         return task_id
 
     def take(self, task_id: int) -> R | None:
@@ -58,8 +71,13 @@ class Tasks(Generic[R]):
         self._threads.shutdown(wait=True)
         self._notifier.close()
 
-    def _run(self, task_id: int, work: Callable[[], R]) -> None:
-        result = work()
-        with self._lock:
-            self._results[task_id] = result
-        self._notifier.notify()
+    def _run(self, task_id: int, work: Callable[[], R], failed: R) -> None:
+        result = failed
+        try:
+            result = work()
+        except Exception:  # whatever it was, somebody waits for the result
+            logger.exception("a task failed by a mistake")
+        finally:
+            with self._lock:
+                self._results[task_id] = result
+            self._notifier.notify()

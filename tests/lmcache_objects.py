@@ -25,18 +25,23 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "`LoggingHandler` in `opentelemetry-sdk`", DeprecationWarning)
     import torch
     from lmcache.v1.distributed.api import ObjectKey
+    from lmcache.v1.distributed.config import EvictionConfig as EvictionConfig
     from lmcache.v1.distributed.internal_api import L2AdapterListener, L2StoreResult
     from lmcache.v1.distributed.l2_adapters import create_l2_adapter
 
     # Named first, it is found without trying all others.
     from lmcache.v1.distributed.l2_adapters import plugin_l2_adapter as _first  # noqa: F401
     from lmcache.v1.distributed.l2_adapters.config import parse_args_to_l2_adapters_config
+    from lmcache.v1.distributed.quota_manager import QuotaManager as QuotaManager
+    from lmcache.v1.distributed.storage_controllers import eviction_controller
     from lmcache.v1.memory_management import MemoryFormat, MemoryObjMetadata, TensorMemoryObj
     from lmcache.v1.multiprocess.cache_control.errors import Unavailable as Unavailable
     from lmcache.v1.platform import consume_fd
 
     from connectors.lmcache import KVStoreL2Adapter
 
+L2AdapterEvictionState = eviction_controller.L2AdapterEvictionState
+L2EvictionController = eviction_controller.L2EvictionController
 # What tests say of their bytes, unless they say something else.
 BYTES_ARE: Final = {"dtype": "uint8", "layout": "any"}
 KIB: Final = 1 << 10

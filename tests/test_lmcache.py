@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from connectors.locks import Locks
 from kvstore.block import Namespace
 from kvstore.client import StoreClient
-from kvstore.errors import InvalidRequest
+from kvstore.errors import InvalidRequest, Unavailable
 from kvstore.hashing import lmcache_namespace
 from kvstore.protocol import KEYS_MAX
 from tests.lmcache_objects import (
@@ -21,9 +22,13 @@ from tests.lmcache_objects import (
     MIB,
     UNTOUCHED,
     Controllers,
+    EvictionConfig,
     Heard,
     KVStoreL2Adapter,
+    L2AdapterEvictionState,
+    L2EvictionController,
     ObjectKey,
+    QuotaManager,
     adapter_for,
     bytes_in,
     content,
@@ -108,11 +113,6 @@ def namespace_of(key: ObjectKey, **options: Any) -> Namespace:
     """Where the adapter should put it."""
     fields = key.model_name, key.kv_rank, key.object_group_id, key.cache_salt
     return lmcache_namespace(*fields, **{**BYTES_ARE, **options})
-
-
-def counted_by_lmcache(engine: Controllers) -> Any:
-    """The usage as LMCache itself adds it up, from what it is told."""
-    return super(KVStoreL2Adapter, engine.adapter).get_usage()
 
 
 # What was stored comes back.
@@ -690,6 +690,26 @@ def test_what_is_stored_anew_after_a_delete_is_what_is_loaded(engine: Controller
     assert got == [content(name, 1000, version=1)]
 
 
+def test_what_is_deleted_while_a_lookup_finds_it_is_not_loaded_any_more(
+    engine: Controllers, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = key(1, model=model)
+    engine.store([name], 1000)
+    add = Locks.add
+
+    def deleted_before(*arguments: Any) -> None:
+        monkeypatch.undo()
+        engine.adapter.delete([name])
+        add(*arguments)
+
+    monkeypatch.setattr(Locks, "add", deleted_before)
+    assert engine.lookup([name]) == [True]
+    assert engine.load([name], 1000) == [None]
+    engine.store([name], 1000, version=1)
+    assert engine.load([name], 1000) == [content(name, 1000, version=1)]
+    engine.unlock([name])
+
+
 def test_listeners_hear_what_was_stored_loaded_and_deleted(engine: Controllers, model: str) -> None:
     heard, deaf = Heard(), Heard()
     engine.adapter.register_listener(heard)
@@ -697,20 +717,62 @@ def test_listeners_hear_what_was_stored_loaded_and_deleted(engine: Controllers, 
     sizes = [100, 2000, 30_000, 400_000]
     engine.store(names, sizes)
     assert heard.stored == dict(zip(names, sizes, strict=True))
-    counted = counted_by_lmcache(engine)
-    assert dict(counted.bytes_by_cache_salt) == {"s0": 30_100, "s1": 402_000}
     absent = key(99, model=model)
     assert engine.fetch([*names[:2], absent], [*sizes[:2], 1]) == [*contents(names[:2], sizes[:2]), None]
     assert engine.load(names[2:3], 7) == [None]
     assert heard.accessed == names[:2]
     engine.adapter.delete([names[3], absent, names[0]])
     assert sorted(heard.deleted, key=names.index) == [names[0], names[3]]
-    counted = counted_by_lmcache(engine)
-    assert dict(counted.bytes_by_cache_salt) == {"s0": 30_000, "s1": 2000}
     engine.adapter.delete(names)
     assert sorted(heard.deleted, key=names.index) == names
-    assert counted_by_lmcache(engine).total_bytes_used == 0
     assert not deaf.stored
+
+
+def test_deleting_what_another_process_stored_is_no_error_in_lmcaches_sums(
+    engine: Controllers, node: Node, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complaints: list[Any] = []
+    monkeypatch.setattr(
+        "lmcache.v1.distributed.l2_adapters.base.logger.warning", lambda *text: complaints.append(text)
+    )
+    names = keys(2, model=model)
+    with Controllers(node.address) as other:
+        other.store(names, 1000)
+    heard = Heard()
+    engine.adapter.register_listener(heard)
+    engine.adapter.delete(names)
+    assert sorted(heard.deleted, key=names.index) == names
+    assert not complaints
+
+
+def test_lmcaches_eviction_outlives_a_daemon_that_dies_under_it() -> None:
+    names = keys(4, salt="x")
+    with Node() as node, Controllers(node.address) as engine:
+        config = EvictionConfig("IsolatedLRU", trigger_watermark=0.5, eviction_ratio=0.5)
+        state = L2AdapterEvictionState(0, engine.adapter, config)
+        choose = state.eviction_policy.get_eviction_actions
+        chosen = []
+
+        def choose_and_kill(*arguments: Any, **options: Any) -> Any:
+            if node.process.poll() is None and not chosen:
+                node.kill()
+            chosen.append(choose(*arguments, **options))
+            return chosen[-1]
+
+        state.eviction_policy.get_eviction_actions = choose_and_kill
+        controller = L2EvictionController([state], QuotaManager())  # a salt without a quota is evicted whole
+        engine.store(names, 1000)
+        controller.start()
+        try:
+            wait_for(lambda: chosen)
+            with pytest.raises(Unavailable):
+                engine.adapter.delete(names)
+            node.start()
+            wait_for(lambda: engine.adapter.report_status()["is_healthy"])
+            engine.store(names, 1000)
+            wait_for(lambda: engine.listed() == {})
+        finally:
+            controller.stop()
 
 
 def test_listeners_hear_nothing_of_a_store_that_failed(engine: Controllers, model: str) -> None:
@@ -1019,6 +1081,7 @@ def test_many_tasks_at_once_end_each_with_its_own_result(
         ({"timeout_s": -1.0}, "timeout_s is -1"),
         ({"timeout_s": float("nan")}, "timeout_s is nan"),
         ({"transfer_timeout_s": 1e9}, "transfer_timeout_s is 1000000000"),
+        ({"transfer_timeout_s": 240.5}, "transfer_timeout_s is 240.5; give 0.01 to 240 seconds"),
         ({"lock_age_max_s": 0}, "lock_age_max_s is 0"),
         ({"block_tokens": 0}, "tokens is 0; give"),
         ({"block_tokens": 1 << 30}, "block_tokens is 1073741824; give"),
@@ -1074,19 +1137,39 @@ def test_a_process_that_makes_other_keys_for_the_same_model_is_warned_of_once(
     for other in (
         replace(ours, scheme=f"{algorithm}:00000000", shard="3/8", salt="theirs", group="1"),
         replace(ours, model="another", scheme=f"{algorithm}:11111111"),
-        replace(ours, scheme="lmcache-sha256_cbor:22222222"),
+        replace(ours, scheme="lmcache-engine-builtin:22222222"),
         replace(ours, scheme=f"{algorithm}:33333333", dtype="int8"),
     ):
         store.put(other, b"k", b"x")
     with Controllers(node.address) as engine:
-        for _ in range(3):
-            engine.lookup([name])
+        engine.lookup([name])
+        wait_for(lambda: warned_of(caplog, model), 5)
         engine.store([replace(name, cache_salt="s"), key(1, model=model, kv_rank=rank(1, 2))], 100)
-    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warnings) == 1
-    assert f"{model} has blocks whose keys are made by {algorithm}:00000000" in warnings[0]
-    assert f"makes them by {ours.scheme}" in warnings[0]
-    assert "PYTHONHASHSEED" in warnings[0]
+        engine.lookup([key(1, model="another yet")])  # so that others are looked at again
+        time.sleep(1.5)
+    (warning,) = warned_of(caplog, model)
+    assert f"{model} has blocks whose keys are made by {algorithm}:00000000" in warning
+    assert f"makes them by {ours.scheme}" in warning
+    assert "PYTHONHASHSEED" in warning
+
+
+@pytest.mark.parametrize("other", [{"hash_algorithm": "sha256_cbor"}, {"block_tokens": 16}], ids=str)
+def test_two_processes_that_start_together_and_share_nothing_both_say_so(
+    node: Node, model: str, other: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    names = keys(2, model=model)
+    with Controllers(node.address) as one, Controllers(node.address, **other) as two:
+        assert one.lookup(names) == two.lookup(names) == [False] * 2
+        one.store(names, 100)
+        two.store(names, 100)
+        wait_for(lambda: len(warned_of(caplog, model)) == 2, 5)
+    assert len(set(warned_of(caplog, model))) == 2
+
+
+def warned_of(caplog: pytest.LogCaptureFixture, model: str) -> list[str]:
+    """The warnings about a model's blocks."""
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    return [line for line in lines if line.startswith(f"{model} has blocks")]
 
 
 # TCP, where bytes are copied.

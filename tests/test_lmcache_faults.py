@@ -9,18 +9,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
 from connectors.copying import bytes_of
 from kvstore.block import Namespace
-from kvstore.client import copy
-from kvstore.errors import DeadlineExceeded
+from kvstore.client import KEYS_MAX, StoreClient, WriteLease, copy
+from kvstore.errors import DeadlineExceeded, TierError
+from kvstore.hashing import lmcache_namespace
 from kvstore.keeper import Keeper
 from tests.lmcache_objects import (
+    BYTES_ARE,
     IGNORED,
     KIB,
     MIB,
@@ -51,8 +54,12 @@ from tests.node import (
     wait_for,
     written,
 )
+from tests.proxy import Proxy
 
 pytestmark = pytest.mark.filterwarnings(IGNORED)
+# Whose threads do an adapter's work.
+POOLS: Final = ("copy", "load", "lookup", "store", "wait")
+TOKEN: Final = "a-token-that-stays-at-home"
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +107,123 @@ def timed(work: Callable[[], object]) -> float:
     started = time.monotonic()
     work()
     return time.monotonic() - started
+
+
+# Threads.
+
+
+def test_work_needs_no_thread_that_did_not_run_before(
+    node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = keys(24, model="threads")
+    start = threading.Thread.start
+
+    def start_or_not(thread: threading.Thread) -> None:
+        if thread.name.startswith(tuple(f"kvstore-{pool}_" for pool in POOLS)):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with Controllers(node.address) as engine, monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start_or_not)
+        tasks = [engine.submit_store(names[part::4], MIB) for part in range(4)]
+        assert all(engine.stored(task).is_successful() for task in tasks)
+        assert engine.load(names, MIB) == contents(names, MIB)
+        assert engine.fetch(names, MIB) == contents(names, MIB)
+    assert not any(record.exc_info for record in caplog.records)
+
+
+@pytest.mark.parametrize("kind", ["store", "load"])
+def test_nobody_copies_on_when_a_task_has_failed(
+    node: Node, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = keys(24, model=f"over {kind}")
+    over, late = threading.Event(), []
+    submit, given = ThreadPoolExecutor.submit, itertools.count()
+
+    def copy_slowly(target: memoryview, source: memoryview) -> None:
+        time.sleep(0.02)
+        if over.is_set():
+            late.append(len(target))
+        copy(target, source)
+
+    def refuse(pool: Any, *work: Any) -> Any:
+        if pool._thread_name_prefix in ("kvstore-copy", "kvstore-wait") and next(given) == 1:
+            raise RuntimeError("no more")
+        return submit(pool, *work)
+
+    with Controllers(node.address) as engine:
+        assert engine.store(names, MIB).is_successful()
+        monkeypatch.setattr("connectors.copying.copy", copy_slowly)
+        monkeypatch.setattr("connectors.batches.copy", copy_slowly)
+        monkeypatch.setattr(ThreadPoolExecutor, "submit", refuse)
+        if kind == "store":
+            assert not engine.store(keys(8, 100, model=f"over {kind}"), MIB).is_successful()
+        else:
+            assert engine.load(names, MIB) == [None] * 24
+        over.set()
+    assert late == []
+
+
+def test_a_request_that_makes_no_sense_is_refused_or_ends_with_misses(node: Node) -> None:
+    nothing: Any = None
+    no_keys: Any = ["no", "keys"]
+    with Controllers(node.address) as engine:
+        with pytest.raises(TypeError):
+            engine.adapter.submit_lookup_and_lock_task(nothing, {})
+        with pytest.raises(TypeError):
+            engine.adapter.submit_load_task(nothing, [])
+        assert engine.lookup(no_keys) == [False, False]
+        assert engine.load(no_keys, 1) == [None, None]
+
+
+# All or none.
+
+
+def all_found(node: Node, names: list[ObjectKey]) -> list[bool]:
+    """Which of them are there, as another process sees it."""
+    with Controllers(node.address) as other:
+        found = other.lookup(names)
+        other.unlock([each for each, here in zip(names, found, strict=True) if here])
+        return found
+
+
+def test_a_store_that_waits_in_vain_for_a_busy_key_leaves_nothing_of_it(node: Node) -> None:
+    names = [key(index, model="busy", kv_rank=rank(index % 2, 2)) for index in range(7)]
+    present, busy = names[2], names[3]
+    with Controllers(node.address, timeout_s=0.4, transfer_timeout_s=0.8) as engine, node.client() as store:
+        assert engine.store([present], 5000).is_successful()
+        namespace = lmcache_namespace(busy.model_name, busy.kv_rank, **BYTES_ARE)
+        with store.reserve(namespace, [busy.chunk_hash], 5000) as write:
+            assert write.granted
+            results = []
+            assert timed(lambda: results.append(engine.store(names, 5000))) < 0.8 + SLACK_S
+            assert not results[0].is_successful()
+            assert all_found(node, names) == [each == present for each in names]
+        assert engine.fetch([present], 5000) == contents([present], 5000)
+        # And nothing of it is in the way.
+        assert engine.store(names, 5000).bytes_transferred() == 6 * 5000
+        assert engine.fetch(names, 5000) == contents(names, 5000)
+
+
+def test_a_store_of_many_requests_that_fails_between_two_of_them_leaves_nothing(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = keys(KEYS_MAX + 10, model="many requests")
+    commit, commits = WriteLease.commit, itertools.count()
+
+    def commit_once(*arguments: Any, **options: Any) -> None:
+        if next(commits):
+            raise TierError("no more")
+        commit(*arguments, **options)
+
+    with Controllers(node.address) as engine:
+        assert engine.store(names[5:6], 100).is_successful()
+        with monkeypatch.context() as patched:
+            patched.setattr(WriteLease, "commit", commit_once)
+            assert not engine.store(names, 100).is_successful()
+        assert next(commits) == 2
+        assert all_found(node, names) == [index == 5 for index in range(len(names))]
+        assert engine.store(names, 100).bytes_transferred() == (KEYS_MAX + 9) * 100
 
 
 # Killed.
@@ -436,6 +560,32 @@ def test_replacing_blocks_of_another_length_waits_for_no_disk(
         wait_for(lambda: not store.statistics().tiers[1].breaker_open, 10)
 
 
+def test_replacing_blocks_of_another_length_takes_one_request_for_each_namespace(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove, removed = StoreClient.remove, []
+
+    def slow(store: StoreClient, namespace: Namespace, names: list[bytes], **options: Any) -> int:
+        time.sleep(delay_s)
+        removed.append(len(names))
+        return remove(store, namespace, names, **options)
+
+    names = [key(index, model="lengths", salt=f"s{index % 8}") for index in range(80)]
+    with Controllers(node.address, timeout_s=0.4, transfer_timeout_s=1.0) as engine:
+        assert engine.store(names, 1000).is_successful()
+        monkeypatch.setattr(StoreClient, "remove", slow)
+        delay_s = 0.0
+        assert engine.store(names, 2000).bytes_transferred() == 80 * 2000
+        assert removed == [10] * 8
+        assert engine.fetch(names, 2000) == contents(names, 2000)
+        # And looks at its deadline in between.
+        delay_s = 0.3
+        results = []
+        assert timed(lambda: results.append(engine.store(names, 3000))) < 1.0 + 0.3
+        assert not results[0].is_successful()
+        assert healthy(engine)
+
+
 def test_what_comes_from_a_slow_disk_is_asked_for_until_it_is_here(
     bad_disk: tuple[Node, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -457,6 +607,72 @@ def test_what_comes_from_a_slow_disk_is_asked_for_until_it_is_here(
         finally:
             faults.unlink()
         assert healthy(engine)
+
+
+# A slow network.
+
+
+@pytest.fixture(scope="module")
+def node_with_port() -> Iterator[Node]:
+    """A daemon with a data port, that every test leaves running, with nothing pinned or reserved."""
+    with Node("64MiB", "--data", "127.0.0.1:0", environ={"KVSTORE_TOKEN": TOKEN}) as node:
+        yield node
+        with node.client() as store:
+            wait_for(lambda: idle(store), 5)
+        node.check()
+
+
+@contextmanager
+def far_away(node: Node, bytes_per_s: float) -> Iterator[Controllers]:
+    """An adapter at the other end of a slow network."""
+    host, port = node.endpoint("data").rsplit(":", 1)
+    with (
+        Proxy((host, int(port)), bytes_per_s) as proxy,
+        Controllers(proxy.address, token=TOKEN, timeout_s=1.6, transfer_timeout_s=2.0) as engine,
+    ):
+        yield engine
+
+
+def lookups_meanwhile(engine: Controllers, names: list[ObjectKey], over: threading.Event) -> list[float]:
+    """How long lookups take until it is over."""
+    seconds = []
+    while not over.is_set():
+        seconds.append(timed(lambda: engine.lookup(names)))
+        engine.unlock(names)
+    return seconds
+
+
+@pytest.mark.parametrize("kind", ["store", "load"])
+def test_over_a_slow_network_bytes_have_their_time_and_questions_do_not_wait_for_them(
+    node_with_port: Node, kind: str
+) -> None:
+    names, few, over = keys(32, model=f"slow {kind}"), keys(2, 100, model=f"slow {kind}"), threading.Event()
+    with Controllers(node_with_port.address) as local, far_away(node_with_port, 8e6) as engine:
+        assert local.store(few, MIB).is_successful()
+        if kind == "load":
+            assert local.store(names, MIB).is_successful()
+        seconds: list[float] = []
+        with threads_of(lambda: seconds.extend(lookups_meanwhile(engine, few, over))):
+            try:
+                # Of 32 MiB, 9 can be there in time.
+                started = time.monotonic()
+                if kind == "store":
+                    assert not engine.store(names, MIB).is_successful()
+                else:
+                    got = engine.load(names, MIB)
+                    assert None in got
+                    assert wrong(names, got, MIB) == []
+                assert time.monotonic() - started < 2.0 + SLACK_S / 4
+            finally:
+                over.set()
+        assert max(seconds) < 0.8
+        assert healthy(engine)
+        if kind == "store":
+            assert all_found(node_with_port, names) == [False] * 32
+        # And less, in the time that it has.
+        assert engine.fetch(few, MIB) == contents(few, MIB)
+        assert engine.store(few, MIB + 1).is_successful()
+        assert local.fetch(few, MIB + 1) == contents(few, MIB + 1)
 
 
 # Another version.

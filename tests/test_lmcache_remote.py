@@ -8,13 +8,16 @@ import time
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.util import find_spec
+from threading import Thread
 from typing import Any, Final, TypeVar
 
 import numpy as np
 import pytest
 
 from kvstore.client import StoreClient
+from kvstore.errors import InvalidRequest
 from kvstore.hashing import lmcache_engine_key, lmcache_engine_namespace, lmcache_seed
 from kvstore.protocol import KEYS_MAX
 from tests.lmcache_processes import ENVIRON
@@ -91,10 +94,10 @@ class Engine:
         self._loops = EventLoopManager()
         self._loops.start()
         self.memory = LocalCPUBackend(config=config, metadata=metadata, dst_device="cpu")
+        arguments = "plugin://kvstore", self._loops.get_loop(), self.memory, config, metadata
+        self.connect = partial(CreateConnector, *arguments, plugin_name="kvstore")
         # With LMCache's wrapper around it, which gives up its own reference to what was put.
-        self.connector = CreateConnector(
-            "plugin://kvstore", self._loops.get_loop(), self.memory, config, metadata, plugin_name="kvstore"
-        )
+        self.connector = self.connect()
 
     def key(self, chunk_hash: int, **tags: str) -> Any:
         """LMCache's name of a chunk of this worker's."""
@@ -527,6 +530,25 @@ def test_close_ends_all_threads_while_the_daemon_hangs(node: Node) -> None:
         started = time.monotonic()
         engine.call(engine.connector.close())
         assert time.monotonic() - started < TIMEOUT_S + SLACK_S
+        wait_for(lambda: own_threads() <= before, TIMEOUT_S + SLACK_S)
+
+
+@pytest.mark.parametrize("name", ["copy_1", "wait_3", "put_2", "get_0", "question_1"])
+def test_a_connector_that_cannot_have_its_threads_says_so_and_leaves_nothing(
+    node: Node, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Thread.start
+
+    def start_or_not(thread: Thread) -> None:
+        if thread.name == f"kvstore-{name}":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with engine_of(node) as engine:
+        before = own_threads()
+        monkeypatch.setattr(Thread, "start", start_or_not)
+        with pytest.raises(InvalidRequest, match=r"threads kvstore-\w+ wanted, \d started"):
+            engine.connect()
         wait_for(lambda: own_threads() <= before, TIMEOUT_S + SLACK_S)
 
 
