@@ -26,6 +26,14 @@ def node() -> Iterator[Node]:
         yield node
 
 
+@pytest.fixture
+def own_node() -> Iterator[Node]:
+    """A daemon whose arena nobody else has cut into pieces."""
+    with Node() as node:
+        yield node
+        node.check()
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left(node: Node) -> Iterator[None]:
     """In the end nothing is held, nothing is here, and a recount finds nothing wrong."""
@@ -174,8 +182,8 @@ def test_acquire_gives_what_is_ready_at_its_deadline(node: Node, namespace: Name
         write.abort()
 
 
-def test_reserve_waits_for_room(node: Node, namespace: Namespace) -> None:
-    with node.client() as one, node.client() as two, node.client() as three:
+def test_reserve_waits_for_room(own_node: Node, namespace: Namespace) -> None:
+    with own_node.client() as one, own_node.client() as two, own_node.client() as three:
         fill(one, namespace, keys(32), MIB)
         fill(two, namespace, keys(32, "x"), MIB)
         pinned = one.acquire(namespace, keys(32))
@@ -543,8 +551,8 @@ def test_items_in_no_order_do_not_hold_each_other(store: StoreClient, namespace:
     assert sum(present) < 10
 
 
-def test_reserving_items_waits_for_room(node: Node, namespace: Namespace) -> None:
-    with node.client() as reader, node.client() as store, node.client() as other:
+def test_reserving_items_waits_for_room(own_node: Node, namespace: Namespace) -> None:
+    with own_node.client() as reader, own_node.client() as store, own_node.client() as other:
         for client, tag in ((store, "a"), (other, "b")):
             fill(client, namespace, keys(31, tag), MIB)
         first = reader.acquire(namespace, keys(31, "a"))
@@ -557,18 +565,17 @@ def test_reserving_items_waits_for_room(node: Node, namespace: Namespace) -> Non
         second.release()
 
 
-def test_48_blocks_of_1_mib_and_one_of_4_fit_64_mib_in_pieces(
-    store: StoreClient, namespace: Namespace
-) -> None:
+def test_48_blocks_of_1_mib_and_one_of_4_fit_64_mib_in_pieces(own_node: Node, namespace: Namespace) -> None:
     names = keys(64)
-    for start in range(0, 64, 16):
-        fill(store, namespace, names[start : start + 16], MIB)
-    assert store.remove(namespace, names[::4]) == 16
-    kept = [name for index, name in enumerate(names) if index % 4]
-    store.put(namespace, b"large", bytes(4 * MIB))
-    assert all(store.hit_each([(namespace, key) for key in [*kept, b"large"]]))
-    for name in kept:
-        assert store.get(namespace, name) == pattern(name, MIB)
+    with own_node.client() as store:
+        for start in range(0, 64, 16):
+            fill(store, namespace, names[start : start + 16], MIB)
+        assert store.remove(namespace, names[::4]) == 16
+        kept = [name for index, name in enumerate(names) if index % 4]
+        store.put(namespace, b"large", bytes(4 * MIB))
+        assert all(store.hit_each([(namespace, key) for key in [*kept, b"large"]]))
+        for name in kept:
+            assert store.get(namespace, name) == pattern(name, MIB)
 
 
 def test_a_closed_client_says_so(node: Node, namespace: Namespace) -> None:

@@ -517,7 +517,7 @@ def test_a_batch_that_finds_the_arena_pinned_fails_by_its_deadline_and_leaves_no
     blocks = [b"%d" % index for index in range(48)]
     with (
         node.client() as other,
-        Controllers(node.address, timeout_s=0.4, transfer_timeout_s=1.0) as engine,
+        Controllers(node.address, timeout_s=1.0, transfer_timeout_s=1.5) as engine,
     ):
         for block in blocks[:24]:
             store.put(namespace, block, bytes(MIB))
@@ -529,7 +529,7 @@ def test_a_batch_that_finds_the_arena_pinned_fails_by_its_deadline_and_leaves_no
         started = time.monotonic()
         names = keys(20, model=model)
         assert not engine.store(names, MIB).is_successful()
-        assert 0.5 < time.monotonic() - started < 1.0 + SLACK_S
+        assert 0.5 < time.monotonic() - started < 1.5 + SLACK_S
         assert engine.listed(model_name=model) == {}
         assert store.statistics().tiers[0].pending_blocks == 0
         # As soon as there is room, a store that waits goes on.

@@ -75,7 +75,10 @@ class Room:
         """
         slot = self._take(length)
         while slot is None and self._late:
-            self._free_oldest()
+            # A few tries, not one for each small slot: the arena may be full of them.
+            kept_bytes = self.late_bytes - max(length, self.late_bytes // 4)
+            while self._late and self.late_bytes > kept_bytes:
+                self._free_oldest()
             slot = self._take(length)
         return slot
 
