@@ -153,9 +153,12 @@ class Batches:
         return busy, nbytes
 
     def _take_back(self, in_place: Sequence[Item]) -> None:
-        """Remove what a store that has failed had put in place."""
+        """Remove what a store that has failed had put in place, for as long as that may still take."""
+        until = time.monotonic() + _PATIENCE_S
         try:
             for namespace, keys in _by_namespace(in_place):
+                if time.monotonic() > until:
+                    raise DeadlineExceeded("the daemon is slow: part of a store that failed stays")
                 with self._daemon.asking() as store:
                     store.remove(namespace, keys, lasting=False)
         except KVStoreError as error:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstore.node.blocks import Block
 from kvstore.node.listing import Listings
 from kvstore.node.rules import Rules
 from tests.scripted import MIB, Disk, Stage, in_virtual_time, quiet, virtual_time
@@ -26,6 +27,15 @@ def pages(stage: Stage, limit: int, between: Callable[[], object] = lambda: None
             return found
         between()
     raise AssertionError("it never ends")
+
+
+def rest(listings: Listings, stage: Stage, cursor: int) -> list[Block]:
+    """The blocks of the pages from a cursor on."""
+    blocks: list[Block] = []
+    while cursor:
+        page, cursor = listings.page(stage.shelves, cursor, 10)
+        blocks += page
+    return blocks
 
 
 def listed(stage: Stage, limit: int = 1000) -> list[bytes]:
@@ -85,9 +95,7 @@ async def test_what_is_promoted_after_the_arena_was_listed_is_listed_below() -> 
         page, cursor = listings.page(stage.shelves, 0, 10)
         assert page == []
         stage.release(await stage.acquiring(NAMES[0]))
-        while cursor:
-            more, cursor = listings.page(stage.shelves, cursor, 10)
-            page += more
+        page += rest(listings, stage, cursor)
         assert [block.key for block in page] == NAMES[:4]
 
 
@@ -180,9 +188,7 @@ async def test_two_listings_of_one_client_do_not_disturb_each_other() -> None:
         stage.release(await stage.acquiring(*NAMES[:4]))
         _, other = listings.page(stage.shelves, 0, 10)
         assert other > 0
-        while cursor:
-            more, cursor = listings.page(stage.shelves, cursor, 10)
-            page += more
+        page += rest(listings, stage, cursor)
         assert [block.key for block in page] == NAMES[:4]
 
 
@@ -195,7 +201,5 @@ async def test_what_an_exclusive_tier_gave_up_after_the_arena_was_listed_is_list
         listings = Listings()
         page, cursor = listings.page(stage.shelves, 0, 10)
         stage.release(await stage.acquiring(NAMES[0]))
-        while cursor:
-            more, cursor = listings.page(stage.shelves, cursor, 10)
-            page += more
+        page += rest(listings, stage, cursor)
         assert {block.key for block in page} == set(NAMES[:4])

@@ -399,6 +399,23 @@ def test_there_is_no_room_where_all_is_pinned_or_reserved(debug: bool) -> None:
     assert all(block.state is State.SEALED for block in blocks[2:])
 
 
+def test_a_debugged_room_frees_what_it_holds_back_in_a_few_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = 4096
+    shop = Shop(PaperTier(pages * PAGE), debug=True)
+    blocks = [shop.put(b"%d" % number) for number in range(pages)]
+    for block in blocks[: pages // 8]:
+        assert block is not None
+        shop.remove(block)
+    assert shop.room.late_bytes == pages // 8 * PAGE
+    tries, take = [], shop.room._take
+    monkeypatch.setattr(shop.room, "_take", lambda length: tries.append(length) or take(length))
+    shop.directory.pin([block for block in blocks[pages // 8 :] if block is not None])
+    assert shop.reserve(b"more than there is", pages // 4 * PAGE) is None
+    assert len(tries) < 20
+    assert shop.reserve(b"all there is", pages // 8 * PAGE) is not None
+    assert shop.check() == []
+
+
 def test_no_block_leaves_while_the_arena_is_being_populated() -> None:
     shop = Shop(PaperTier(16 * PAGE), populated=False)
     assert shop.put(key(0)) is None
