@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TypeVar
 
 import kvstore.node.server
-import kvstore.serve
+import tiers.nvme
 from kvstore.__main__ import main
-from tiers.nvme import NvmeTier
+from tiers.jobs import Jobs
 
 T = TypeVar("T")
 
@@ -42,8 +42,8 @@ def _fault(action: str) -> str | None:
     return found[0] if found else None
 
 
-class FaultyTier(NvmeTier):
-    """The NVMe tier on a bad disk."""
+class FaultyJobs(Jobs):
+    """The threads of a tier on a bad disk."""
 
     def _run(self, action: str, work: Callable[[], T]) -> T:
         def suffering() -> T:
@@ -61,7 +61,7 @@ def _shift_clock(seconds: float) -> None:
 
 if __name__ == "__main__":
     if "KVSTORE_FAULTS" in os.environ:
-        kvstore.serve.NvmeTier = FaultyTier  # type: ignore[misc]
+        tiers.nvme.Jobs = FaultyJobs  # type: ignore[misc]
     if "KVSTORE_FRAME_TIMEOUT_S" in os.environ:
         kvstore.node.server.FRAME_TIMEOUT_S = float(os.environ["KVSTORE_FRAME_TIMEOUT_S"])  # type: ignore[misc]
     _shift_clock(float(os.environ.get("KVSTORE_CLOCK_SHIFT_S", "0")))

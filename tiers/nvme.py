@@ -10,14 +10,12 @@ the event loop. What a call was given stays in use until its thread is done, als
 import asyncio
 import errno
 import logging
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import xxhash
 
@@ -26,11 +24,10 @@ from kvstore.errors import ConfigError, TierError
 from tiers.allocator import ALIGNMENT_BYTES, Allocator
 from tiers.base import Slot, TierStatistics, Transfer
 from tiers.folder import Folder
+from tiers.jobs import Jobs
 from tiers.table import Entry, Table
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _CAPACITY_BYTES_MIN: Final = 1 << 20
 _REMEDIES: Final = {
@@ -77,33 +74,32 @@ class NvmeTier:
         self._allocator = Allocator(self.capacity_bytes)
         self._open: Folder | None = None
         self._last: Folder | None = None
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
-        # Over how many jobs run, and who closes the files after the last; never held over I/O.
-        self._guard = threading.Lock()
-        self._running = 0
-        self._closed = False
+        self._jobs = Jobs(
+            name, str(folder), threads, translate=self._translated, give_back=self._close_files
+        )
 
     # Blocks: see StorageTier.
 
     async def recover(self) -> list[Transfer]:
-        if self._running:
+        if self._jobs.running:
             raise TierError(
-                f"{self.name} tier: {self._running} calls are under way in {self.folder}; try again later"
+                f"{self.name} tier: {self._jobs.running} calls are under way in {self.folder}; "
+                "try again later"
             )
-        return await asyncio.shield(self._start("opening it", self._recover))
+        return await asyncio.shield(self._jobs.start("opening it", self._recover))
 
     async def write(self, transfers: Sequence[Transfer]) -> None:
         folder = self._opened()
         for transfer in transfers:
             transfer.record = folder.table.take()
-        job = self._start(f"writing {len(transfers)} blocks", partial(self._write, folder, transfers))
+        job = self._jobs.start(f"writing {len(transfers)} blocks", partial(self._write, folder, transfers))
         # Runs before whoever waits here goes on, and also when nobody waits any more.
         job.add_done_callback(partial(_take_back, folder.table, transfers))
         await asyncio.shield(job)
 
     async def read(self, transfers: Sequence[Transfer]) -> None:
         work = partial(self._read, self._opened(), transfers)
-        await asyncio.shield(self._start(f"reading {len(transfers)} blocks", work))
+        await asyncio.shield(self._jobs.start(f"reading {len(transfers)} blocks", work))
 
     def forget(self, records: Sequence[Any]) -> None:
         # Also while nothing is open: the next `recover` clears them.
@@ -111,24 +107,19 @@ class NvmeTier:
             self._last.table.forget(records)
 
     async def flush(self) -> None:
-        await asyncio.shield(self._start("forgetting blocks", self._opened().table.flush))
+        await asyncio.shield(self._jobs.start("forgetting blocks", self._opened().table.flush))
 
     async def same(self) -> bool:
         return self._open is not None and await asyncio.shield(
-            self._start("looking at its files", self._open.same)
+            self._jobs.start("looking at its files", self._open.same)
         )
 
     async def probe(self) -> None:
-        await asyncio.shield(self._start("writing a little", self._opened().probe))
+        await asyncio.shield(self._jobs.start("writing a little", self._opened().probe))
 
     def close(self) -> None:
         """Close the files, or leave that to the last thread that is still at them; does not wait for it."""
-        with self._guard:
-            self._closed = True
-            idle = not self._running
-        self._executor.shutdown(wait=False)
-        if idle:
-            self._close_files()
+        self._jobs.close()
 
     # Space: all of it is ready once `recover` has returned.
 
@@ -173,32 +164,13 @@ class NvmeTier:
             raise TierError(f"{self.name} tier: {self.folder} is not open; recover it first")
         return self._open
 
-    def _start(self, action: str, work: Callable[[], T]) -> "asyncio.Future[T]":
-        with self._guard:
-            if self._closed:
-                raise TierError(f"{self.name} tier: {self.folder} is closed; open another tier")
-            job = asyncio.get_running_loop().run_in_executor(self._executor, self._run, action, work)
-            self._running += 1
-        return job
-
     # In a thread.
 
-    def _run(self, action: str, work: Callable[[], T]) -> T:
-        try:
-            if self._closed:
-                raise TierError(f"{self.name} tier: {self.folder} was closed before {action}")
-            return work()
-        except TierError:
-            raise
-        except OSError as exc:
-            remedy = _REMEDIES.get(exc.errno or 0, "see the kernel's log")
-            raise TierError(f"{self.name} tier: {action} in {self.folder} failed: {exc}; {remedy}") from exc
-        finally:
-            with self._guard:
-                self._running -= 1
-                last = self._closed and not self._running
-            if last:
-                self._close_files()
+    def _translated(self, action: str, exc: Exception) -> TierError | None:
+        if not isinstance(exc, OSError):
+            return None
+        remedy = _REMEDIES.get(exc.errno or 0, "see the kernel's log")
+        return TierError(f"{self.name} tier: {action} in {self.folder} failed: {exc}; {remedy}")
 
     def _recover(self) -> list[Transfer]:
         self._close_files()
