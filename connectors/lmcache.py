@@ -192,7 +192,8 @@ class KVStoreL2Adapter(L2AdapterInterface):  # type: ignore[misc]
             if not others or time.monotonic() > deadline:
                 return list(pinned)
             try:
-                here = store.hit_each([items[index] for index in others])
+                wait_s = max(0.0, min(self._parameters.ask_s, deadline - time.monotonic()))
+                here = store.hit_each([items[index] for index in others], wait_s=wait_s)
             except KVStoreError:
                 self._locks.unlock([keys[index] for index in pinned])
                 raise

@@ -136,7 +136,8 @@ class KVStoreRemoteConnector(RemoteConnector):  # type: ignore[misc]
             for start in range(0, len(items), KEYS_MAX):
                 part = items[start : start + KEYS_MAX]
                 with self._daemon.asking() as store:
-                    leading = sum(takewhile(truth, store.hit_each(part)))
+                    here = store.hit_each(part, wait_s=self._parameters.ask_s)
+                    leading = sum(takewhile(truth, here))
                 found += leading
                 if leading < len(part):
                     break

@@ -67,3 +67,8 @@ class Parameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     def silence_s(self) -> float:
         """How long a call may stay unanswered. The other half of `timeout_s` is for those before it."""
         return self.timeout_s / 2
+
+    @property
+    def ask_s(self) -> float:
+        """How long the daemon may ask tiers that it shares with other nodes, beside `silence_s`."""
+        return self.timeout_s / 4

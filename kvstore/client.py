@@ -7,38 +7,32 @@ in the background; leases from before are invalid. A forked child must connect f
 
 import ssl
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeVar
 
 import numpy as np
 
 from kvstore import packing, protocol
-from kvstore.block import HitLength, Namespace
+from kvstore.block import Namespace
 from kvstore.channel import TRANSFER_S
-from kvstore.errors import DeadlineExceeded, InvalidRequest, Unavailable
+from kvstore.errors import DeadlineExceeded, InvalidRequest, ProtocolError, Unavailable
 from kvstore.keeper import Keeper
 from kvstore.leases import EachLease as EachLease
 from kvstore.leases import ReadLease, map_views, split_payload
 from kvstore.leases import WriteLease as WriteLease
 from kvstore.link import Link
-from kvstore.statistics import NodeStatistics
+from kvstore.questions import Item as Item
+from kvstore.questions import KeyPage as KeyPage
+from kvstore.questions import NamespaceUse as NamespaceUse
+from kvstore.questions import Questions, packed_items
 
 # What a request may name.
 KEYS_MAX: Final = protocol.KEYS_MAX
-Item = tuple[Namespace, bytes]
 N = TypeVar("N")
 # How long the daemon may take, beside an answer's usual time, until its disks promise that what was removed
 # stays away; a disk that takes longer is given up on before.
 _LASTING_S: Final = 5.0
-
-
-class KeyPage(NamedTuple):
-    """Some keys of a namespace, their blocks' lengths in bytes, and where to go on; None at the end."""
-
-    keys: Sequence[bytes]
-    lengths: Sequence[int]
-    cursor: int | None
 
 
 class Limits(NamedTuple):
@@ -48,22 +42,12 @@ class Limits(NamedTuple):
     reserved_bytes: int
 
 
-class NamespaceUse(NamedTuple):
-    """What a namespace has in the medium that has most of it: a block is often in two, and counts once."""
-
-    namespace: Namespace
-    blocks: int
-    block_bytes: int
-
-
-class StoreClient:
+class StoreClient(Questions):
     """A connection to one daemon. Make it with `connect`; it is a context manager that closes itself."""
 
     def __init__(self, keeper: Keeper) -> None:
+        super().__init__(keeper)
         self._keeper = keeper
-        self._connected = keeper.connected
-        self._call = keeper.call
-        self._call_named = keeper.call_named
         self._hold = keeper.hold
 
     @classmethod
@@ -163,7 +147,7 @@ class StoreClient:
         lengths = packing.check_lengths(nbytes, len(items))
         packing.check_wait(wait_s)
         link = self._connected()
-        names, packed = _packed_items(items)
+        names, packed = packed_items(items)
 
         def request() -> protocol.ReserveEach:
             return protocol.ReserveEach(link.handles(names, transfer_s), packed, lengths, wait_s)
@@ -208,7 +192,7 @@ class StoreClient:
         """Pin every item that is here; holes are allowed. Else as `acquire` does."""
         packing.check_wait(wait_s)
         link = self._connected()
-        names, packed = _packed_items(items)
+        names, packed = packed_items(items)
 
         def request() -> protocol.AcquireEach:
             return protocol.AcquireEach(link.handles(names, transfer_s), packed, wait_s)
@@ -222,75 +206,6 @@ class StoreClient:
             present = iter(split_payload(reply.payload, answer.slots.lengths))
         views = [next(present) if found else None for found in answer.found]
         return self._hold(EachLease(self._keeper, link, answer.lease, views, limited=answer.limited))
-
-    # Questions.
-
-    def hit_length(self, namespace: Namespace, keys: Sequence[bytes]) -> HitLength:
-        """How many leading keys are here, cumulative per medium. Pins nothing: acquire is the truth."""
-        packed = packing.pack_keys(keys)
-        link = self._connected()
-        answer = self._call_named(link, lambda: protocol.HitLengthOf(link.handle(namespace), packed)).answer
-        assert isinstance(answer, protocol.Hits)
-        return HitLength(answer.gpu, answer.dram, answer.nvme, answer.remote)
-
-    def hit_each(self, items: Sequence[Item]) -> Sequence[bool]:
-        """For every item, whether it is here."""
-        return list(map(bool, self._found(items).found))
-
-    def length_each(self, items: Sequence[Item]) -> Sequence[int]:
-        """For every item its block's length in bytes, 0 where it is not here."""
-        answer = self._found(items)
-        lengths = iter(packing.spread(answer.lengths, sum(answer.found)))
-        return [next(lengths) if found else 0 for found in answer.found]
-
-    def list(self, namespace: Namespace, cursor: int | None = None, *, limit: int = 0) -> "KeyPage":
-        """A page of what the namespace has, in the order of sealing; begin with no cursor.
-
-        A block that is here all the while is listed at least once. `limit` makes pages smaller than the
-        daemon would.
-        """
-        link = self._connected()
-        after = cursor or 0
-        answer = self._call_named(
-            link, lambda: protocol.ListKeys(link.handle(namespace), after, limit)
-        ).answer
-        assert isinstance(answer, protocol.Page)
-        keys = packing.unpack_keys(answer.keys) if answer.lengths else []
-        return KeyPage(keys, answer.lengths, answer.after or None)
-
-    def namespaces(self, after: bytes = b"") -> Iterator[NamespaceUse]:
-        """The namespaces that have blocks here, in the order of their ids, behind one; asked for by pages."""
-        while True:
-            answer = self._call(self._connected(), protocol.ListNamespaces(after)).answer
-            assert isinstance(answer, protocol.NamespacePage)
-            yield from map(NamespaceUse, answer.namespaces, answer.blocks, answer.block_bytes)
-            after = answer.after
-            if not after:
-                return
-
-    def statistics(self) -> NodeStatistics:
-        """The daemon's."""
-        answer = self._call(self._connected(), protocol.GetStatistics()).answer
-        assert isinstance(answer, protocol.Statistics)
-        return answer.statistics
-
-    def check(self) -> Sequence[str]:
-        """Let the daemon recount everything: what is wrong, one line each. Stalls it for 1 us a block."""
-        answer = self._call(self._connected(), protocol.Check()).answer
-        assert isinstance(answer, protocol.Report)
-        return answer.wrong
-
-    def verify(self, tier: int, after: int = 0) -> protocol.Verified:
-        """Let the daemon compare some blocks of a tier with their checksums; damaged ones are dropped.
-
-        `tier` is its place in `statistics().tiers`, 1 or more; go on with the answer's `after` until it is 0.
-
-        Raises:
-            TierError: the tier fails now.
-        """
-        answer = self._call(self._connected(), protocol.Verify(tier, after)).answer
-        assert isinstance(answer, protocol.Verified)
-        return answer
 
     # Whole blocks, copied.
 
@@ -319,7 +234,7 @@ class StoreClient:
                     return
         raise DeadlineExceeded(
             f"no room for {len(source)} bytes within {timeout_s} s: all else is pinned or being written, or "
-            "over this client's limit; release leases, or give the arena more memory"
+            "over this client's limit, or the node drains; release leases, or give the arena more memory"
         )
 
     def get(self, namespace: Namespace, key: bytes, *, timeout_s: float = 5.0) -> bytes | None:
@@ -349,6 +264,26 @@ class StoreClient:
         assert isinstance(answer, protocol.Count)
         return answer.count
 
+    def drain(self, wait_s: float = 0.0, *, cancel: bool = False) -> protocol.Drained:
+        """Let the daemon take nothing new and write what only its arena has below, or go on as before.
+
+        Returns when nothing remains, or with what does after `wait_s`. The daemon drains on, whatever
+        becomes of this client; ask again to see how far it is.
+
+        Raises:
+            ProtocolError: the daemon is older than this verb.
+        """
+        packing.check_wait(wait_s)
+        link = self._connected()
+        if link.welcome.minor < 1:
+            raise ProtocolError(
+                f"the daemon speaks protocol {link.welcome.major}.{link.welcome.minor}; drain came with 2.1: "
+                "upgrade it, or stop it without draining"
+            )
+        answer = self._call(link, protocol.Drain(wait_s, cancel), wait_s).answer
+        assert isinstance(answer, protocol.Drained)
+        return answer
+
     def _granted(
         self,
         link: Link,
@@ -368,13 +303,6 @@ class StoreClient:
             views = [memoryview(bytearray(n)) for n in packing.spread(slots.lengths, granted)]
         return self._hold(WriteLease(self._keeper, link, answer.lease, names, answer.status, views))
 
-    def _found(self, items: Sequence[Item]) -> protocol.Found:
-        link = self._connected()
-        names, packed = _packed_items(items)
-        answer = self._call_named(link, lambda: protocol.HitEach(link.handles(names), packed)).answer
-        assert isinstance(answer, protocol.Found)
-        return answer
-
     def __enter__(self) -> Self:
         return self
 
@@ -393,8 +321,3 @@ def copy(target: memoryview, source: memoryview) -> None:
     if len(target) != len(source):
         raise InvalidRequest(f"copy of {len(source)} bytes into {len(target)}; give equal lengths")
     np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
-
-
-def _packed_items(items: Sequence[Item]) -> tuple[list[Namespace], protocol.Keys]:
-    keys = packing.pack_keys([key for _, key in items])
-    return [namespace for namespace, _ in items], keys

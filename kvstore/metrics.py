@@ -12,6 +12,7 @@ from kvstore.statistics import (
     LATENCY_BOUNDS_S,
     Latencies,
     NodeStatistics,
+    SaltState,
     StoreCounters,
     TierCounters,
     TierState,
@@ -35,6 +36,7 @@ _NODE_GAUGES = {
     "uptime_s": ("uptime_seconds", "Seconds since start"),
     "connections": ("connections", "Clients connected"),
     "leases": ("leases", "Leases held by connected clients"),
+    "draining": ("draining", "Whether the node takes nothing new and writes what it has below"),
     "quarantined_leases": ("quarantined_leases", "Leases of lost connections whose processes still live"),
     "loop_late_max_s": ("loop_late_max_seconds", "Longest lateness of the event loop since start"),
     "loop_stall_max_s": (
@@ -69,6 +71,7 @@ class NodeCollector(Collector):
         for name, text in _NODE_COUNTERS.items():
             yield _family(CounterMetricFamily, name, text, getattr(now, name))
         yield from _tier_families(now.tiers)
+        yield from _salt_families(now.salts)
 
 
 def _tier_families(tiers: Sequence[TierState]) -> Iterator[Metric]:
@@ -97,6 +100,35 @@ def _tier_families(tiers: Sequence[TierState]) -> Iterator[Metric]:
             latencies: Latencies = getattr(tier, name)
             histograms.add_metric([tier.name, tier.medium], _buckets(latencies), latencies.sum_s)
         yield histograms
+
+
+def _salt_families(salts: Sequence[SaltState]) -> Iterator[Metric]:
+    """A bounded number of rows: those of the salts with most, and one of all others.
+
+    Of the others there are no counters: who moves between them and the rest would make them fall.
+    """
+    labels = ["salt", "medium"]
+    for name, field_name, text in (
+        ("blocks", "blocks", "Blocks that a salt has in a medium"),
+        ("bytes", "block_bytes", "Bytes of the blocks that a salt has in a medium"),
+        ("quota_bytes", "quota_bytes", "Bytes that a salt may have in a medium, where it has a quota"),
+    ):
+        gauges = GaugeMetricFamily(f"kvstore_salt_{name}", text, labels=labels)
+        for salt in salts:
+            for use in salt.media:
+                value = getattr(use, field_name)
+                if value is not None:
+                    gauges.add_metric([salt.label, use.medium], value)
+        yield gauges
+    for name, text in (
+        ("hit_blocks", "Blocks that readers asked for and got, by salt"),
+        ("missed_blocks", "Blocks that readers asked for and did not get, by salt"),
+    ):
+        counters = CounterMetricFamily(f"kvstore_salt_{name}", text, labels=labels[:1])
+        for salt in salts:
+            if salt.salt is not None:
+                counters.add_metric([salt.label], getattr(salt, name))
+        yield counters
 
 
 def _buckets(latencies: Latencies) -> list[tuple[str, float]]:

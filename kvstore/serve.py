@@ -10,19 +10,23 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
 
+from kvstore import logs
 from kvstore.config import Config, parse_endpoint
 from kvstore.errors import ConfigError, KVStoreError
+from kvstore.live import Live, limits, quotas, tier_settings
 from kvstore.metrics import exposition
 from kvstore.node.arena import Arena
 from kvstore.node.directory import TierDirectory
-from kvstore.node.http import HttpServer, health_app
+from kvstore.node.http import HttpServer, Readiness, health_app
 from kvstore.node.lower import Lower
 from kvstore.node.policy import POLICIES
-from kvstore.node.rules import Rules
-from kvstore.node.server import Limits, Server, clear_stale_socket
+from kvstore.node.server import Server, clear_stale_socket
 from kvstore.node.store import Store
+from tiers.base import StorageTier
 from tiers.dram import DramTier
 from tiers.nvme import NvmeTier
 from tiers.table import Table
@@ -31,12 +35,14 @@ from tiers.volume import Volume
 logger = logging.getLogger(__name__)
 
 _THREADS_END_WITHIN_S = 1.0
+# Of the arena, or all of it where it is smaller, that must be populated for engines to be sent here.
+_USEFUL_BYTES = 1 << 30
 
 
 class Daemon:
     """One node: its tiers, its store and its sockets. `run` returns when it is told to stop."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, read: Callable[[], Config]) -> None:
         assert config.dram is not None
         self._config = config
         self._dram = DramTier(config.dram.capacity_bytes)
@@ -45,19 +51,19 @@ class Daemon:
         arena = Arena(self._dram, directory, [], debug=debug)
         self._socket = Path(config.socket)
         epoch = _next_epoch(self._socket.with_suffix(".epoch"))
-        self._store = Store(arena, _nvme_tiers(config), first_lease=epoch)
+        missing_s = 0.0 if config.redis is None else config.redis.missing_s
+        self._store = Store(arena, _lowers(config), first_lease=epoch, missing_s=missing_s)
+        self._store.salts.set_quotas(quotas(config))
         self._server = Server(
             self._store,
             [self._dram],
             node=config.node,
             epoch=epoch,
             token=config.token,
-            limits=Limits(
-                config.limits.client_pinned_fraction,
-                config.limits.client_reserved_fraction,
-                config.limits.clients,
-            ),
+            limits=limits(config),
         )
+        self._live = Live(config, self._server, read)
+        self._reloads: set[asyncio.Task[object]] = set()
         self._listening = False
         self._failed: BaseException | None = None
         self._stop = asyncio.Event()
@@ -72,7 +78,11 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        http = HttpServer(health_app(self._not_ready, exposition(self._server.statistics)))
+        loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
+        app = health_app(
+            self._readiness, exposition(self._server.statistics), self._reload, lambda: self._server.token
+        )
+        http = HttpServer(app)
         http_socket = _listen_http(self._config.http)
         serving = loop.create_task(http.serve(sockets=[http_socket]))
         populating = threading.Thread(target=self._populate, args=(loop,), name="populate", daemon=True)
@@ -108,8 +118,35 @@ class Daemon:
         if self._failed is not None:
             raise self._failed
 
-    def _not_ready(self) -> list[str]:
-        return [] if self._listening else ["not listening"]
+    def _readiness(self) -> Readiness:
+        """Ready is who listens and has memory to give; a tier that fails is only left alone."""
+        lowers = self._store.movements.lowers
+        if self._stop.is_set():
+            return Readiness(["stopping"])
+        missing = []
+        if not self._listening:
+            missing = [
+                "not listening",
+                *[f"tier {low.name} is being recovered" for low in lowers if low.starting],
+            ]
+        if self._store.drain.under_way:
+            missing.append(f"draining, {self._store.drain.owed_blocks} blocks are owed below")
+        dram = self._dram.statistics()
+        if dram.ready_bytes < min(_USEFUL_BYTES, dram.capacity_bytes):
+            missing.append(f"the arena is being populated: {dram.ready_bytes} of {dram.capacity_bytes} bytes")
+        return Readiness(missing, [f"tier {low.name} fails: {low.failing}" for low in lowers if low.failing])
+
+    async def _reload(self) -> dict[str, list[str]]:
+        return asdict(await self._live.reload())
+
+    def _reload_soon(self) -> None:
+        async def reload() -> None:
+            with contextlib.suppress(ConfigError):  # the log says it
+                await self._live.reload()
+
+        task = asyncio.get_running_loop().create_task(reload())
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
 
     def _populate(self, loop: asyncio.AbstractEventLoop) -> None:
         def report(ready_bytes: int) -> None:
@@ -151,27 +188,39 @@ def stored_tier(path: Path) -> NvmeTier:
     return NvmeTier(path, head.capacity_bytes)
 
 
-def _nvme_tiers(config: Config) -> list[Lower]:
-    """A tier for each directory."""
-    nvme, dram = config.nvme, config.dram
-    if nvme is None or dram is None:
-        return []
-    rules = Rules(
-        on_eviction=nvme.write == "on-eviction",
-        exclusive=nvme.exclusive,
-        admit_hits=nvme.admit_hits,
-        high_watermark=dram.high_watermark,
-        low_watermark=dram.low_watermark,
-        timeout_s=nvme.timeout_s,
-        jobs=nvme.threads,
-    )
+def _lowers(config: Config) -> list[Lower]:
+    """The tiers below the arena, fastest first."""
     lowers = []
-    for number, (path, capacity_bytes) in enumerate(nvme.places):
-        name = f"nvme{number}" if len(nvme.places) > 1 else "nvme"
-        tier = NvmeTier(path, capacity_bytes, name=name, threads=nvme.threads)
-        directory = TierDirectory(name, tier.medium, POLICIES[nvme.policy]())
-        lowers.append(Lower(tier, directory, rules, []))
+    for tier, settings in zip(_storage_tiers(config), tier_settings(config), strict=True):
+        directory = TierDirectory(tier.name, tier.medium, POLICIES[settings.policy]())
+        lower = Lower(tier, directory, settings.rules, [])
+        lower.turn(on=settings.enabled)
+        lowers.append(lower)
     return lowers
+
+
+def _storage_tiers(config: Config) -> list[StorageTier]:
+    """One for each directory, and one for Redis."""
+    tiers: list[StorageTier] = []
+    if (nvme := config.nvme) is not None:
+        for number, (path, capacity_bytes) in enumerate(nvme.places):
+            name = f"nvme{number}" if len(nvme.places) > 1 else "nvme"
+            tiers.append(NvmeTier(path, capacity_bytes, name=name, threads=nvme.threads))
+    if (redis := config.redis) is not None:
+        from tiers.redis import RedisPlace, RedisServers, RedisTier  # 0.1 s, for those who use it
+
+        place = RedisPlace(**{knob.name: getattr(redis, knob.name) for knob in fields(RedisPlace)})
+        tiers.append(
+            RedisTier(
+                RedisServers(place),
+                prefix=redis.prefix,
+                ttl_s=redis.ttl_s,
+                known_blocks=redis.known_blocks,
+                threads=redis.threads,
+                timeout_s=redis.timeout_s,
+            )
+        )
+    return tiers
 
 
 def _listen_http(address: str) -> socket.socket:
@@ -211,18 +260,15 @@ def _next_epoch(path: Path) -> int:
     return epoch
 
 
-def serve(config: Config) -> None:
-    """Run a daemon until it is told to stop."""
+def serve(config: Config, reload: Callable[[], Config]) -> None:
+    """Run a daemon until it is told to stop. `reload` gives the configuration as it is by then."""
     import uvloop
 
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.configure(config.log_level, config.log_format, config.node)
 
     async def main() -> None:
         await clear_stale_socket(Path(config.socket))  # before anything that another daemon would notice
-        await Daemon(config).run()
+        await Daemon(config, reload).run()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import accumulate
 from math import inf
 from typing import Final
@@ -57,8 +58,10 @@ class TierCounters:
     """Totals of one tier since the daemon's start, in blocks unless named otherwise.
 
     A block is missed in a tier when a reader asked for it and neither this tier nor one above had it.
-    `dropped` left the tier above without having been written here; `damaged` had other bytes than were
-    written. Calls are those to the device: `failed` with an error, `late` beyond their time limit.
+    `dropped` left the tier above without having been written here; `refused` is what the tier would not take,
+    such as another's block of the same name; `damaged` had other bytes than were written; `lost` were gone
+    from a shared tier, which was asked for `asked`. Calls are those to the device: `failed` with an error,
+    `late` beyond their time limit.
     """
 
     hit_blocks: int = 0
@@ -71,7 +74,10 @@ class TierCounters:
     written_blocks: int = 0
     written_bytes: int = 0
     dropped_blocks: int = 0
+    refused_blocks: int = 0
     damaged_blocks: int = 0
+    lost_blocks: int = 0
+    asked_blocks: int = 0
     failed_calls: int = 0
     late_calls: int = 0
     breaker_opened: int = 0
@@ -81,6 +87,7 @@ class TierCounters:
 class TierState:
     """One tier now. `used_bytes` counts slots, `block_bytes` the readable blocks on them.
 
+    `limit_bytes` is how much of the capacity may be used, less where that was lowered while the daemon ran.
     `backlog` is what waits to be written here, `breaker_open` whether the tier fails and is left alone, and
     `eviction_age_s` how long ago the block that left last had been used.
     """
@@ -101,9 +108,45 @@ class TierState:
     backlog_bytes: int = 0
     breaker_open: bool = False
     eviction_age_s: float = 0.0
+    limit_bytes: int = 0
     counters: TierCounters = field(default_factory=TierCounters)
     reads: Latencies = field(default_factory=Latencies)
     writes: Latencies = field(default_factory=Latencies)
+
+
+@dataclass(frozen=True, slots=True)
+class SaltUse:
+    """What one salt has in one medium, blocks being written, loaded or removed included."""
+
+    medium: str
+    blocks: int
+    block_bytes: int
+    quota_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SaltState:
+    """One salt now; `salt` None is all together that are not told of one by one.
+
+    Hits and misses count from when the salt came into use; of one that nobody uses any more nothing is kept.
+    """
+
+    salt: str | None
+    hit_blocks: int
+    missed_blocks: int
+    media: list[SaltUse] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """What may be shown to everybody: a salt can be a secret, so it is the first bytes of its digest."""
+        if not self.salt:
+            return "other" if self.salt is None else "none"
+        return blake2b(self.salt.encode(errors="surrogatepass"), digest_size=6).hexdigest()
+
+    @property
+    def block_bytes(self) -> int:
+        """In all media."""
+        return sum([use.block_bytes for use in self.media])
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,3 +171,5 @@ class NodeStatistics:
     bytes_sent: int
     tiers: list[TierState] = field(default_factory=list)
     counters: StoreCounters = field(default_factory=StoreCounters)
+    salts: list[SaltState] = field(default_factory=list)
+    draining: bool = False

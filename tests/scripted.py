@@ -318,7 +318,10 @@ class ScriptedTier:
             self._ever_forgotten.add(number)
             self.forgotten.add(number)
 
-    async def flush(self) -> None:
+    def evict(self, records: Sequence[Any]) -> None:
+        self.forget(records)
+
+    async def flush(self, names: Sequence[tuple[bytes, bytes]] = ()) -> None:
         self._check_open()
         await self._call("flush")
 

@@ -19,10 +19,12 @@ ALLOWED = {
     "kvstore.node.policy": set(),
     "kvstore.node.ages": set(),
     "kvstore.node.breaker": set(),
-    "kvstore.node.blocks": {"kvstore.block", "kvstore.node.directory"},  # the latter for a type alone
+    "kvstore.node.blocks": {"kvstore.block", "kvstore.node.accounts", "kvstore.node.directory"},  # types alone
+    "kvstore.node.accounts": {"kvstore.node.policy"},
     "kvstore.node.directory": {
         "kvstore.block",
         "kvstore.errors",
+        "kvstore.node.accounts",
         "kvstore.node.blocks",
         "kvstore.node.policy",
     },
@@ -35,8 +37,10 @@ CLIENT_SIDE = (
     "link",
     "leases",
     "keeper",
+    "messages",
     "packing",
     "protocol",
+    "questions",
     "memory",
     "hashing",
 )
@@ -46,12 +50,13 @@ ONLY_IN = {
     "uvicorn": {"kvstore.node.http"},
     "uvloop": {"kvstore.serve"},
     "prometheus_client": {"kvstore.metrics"},
-    "redis": set(),
+    "redis": {"tiers.redis_servers"},
     "torch": set(),
-    "typer": {"kvstore.cli"},
-    "rich": {"kvstore.cli"},
+    "typer": {"kvstore.cli", "kvstore.operate", "kvstore.options"},
+    "rich": {"kvstore.operate"},
 }
 PURE = (
+    "kvstore.node.accounts",
     "kvstore.node.ages",
     "kvstore.node.blocks",
     "kvstore.node.breaker",

@@ -107,7 +107,7 @@ async def test_what_is_demoted_while_it_is_listed_is_listed_below() -> None:
         listings = Listings()
         page, cursor = listings.page(stage.shelves, 0, 2)
         keys = [block.key for block in page]
-        stage.store.movements.demoter.want(3 * LENGTH)
+        stage.store.movements.demoter.want(3 * LENGTH, stage.shelves[0].account)
         await quiet()
         assert len(stage.shelves[1].sealed) == 3
         while cursor:
@@ -171,7 +171,7 @@ async def test_a_page_that_ends_with_a_block_being_demoted_does_not_end_the_list
         for name in NAMES[:3]:
             stage.put(name)
         stage.tier.holding = {"write"}
-        stage.store.movements.demoter.want(1)
+        stage.store.movements.demoter.want(1, stage.shelves[0].account)
         await quiet()
         assert set(listed(stage, 1)) == set(NAMES[:3])
 

@@ -558,7 +558,8 @@ class States(RuleBasedStateMachine):
     @invariant()
     def loads_are_bounded(self) -> None:
         if self.stage is not None:
-            assert 0 <= self.stage.store.movements.promoter._loading_bytes <= 2 * MIB
+            lowers = self.stage.lowers
+            assert all(0 <= lower.loading_bytes <= 2 * MIB / len(lowers) for lower in lowers)
 
     # The end.
 
@@ -603,7 +604,7 @@ class States(RuleBasedStateMachine):
         assert used == [0] * len(used)
         demoter, promoter = on.store.movements.demoter, on.store.movements.promoter
         assert not any((demoter._writes, demoter._hits, demoter._leaving_children, demoter._leaving_bytes))
-        assert not any((demoter.writing, promoter.loading, promoter._loading_bytes))
+        assert not any((demoter.writing, promoter.loading, *[lower.loading_bytes for lower in on.lowers]))
         assert not on.store.waiting._waiters
         assert not any(lower.unwritten or lower.calls or lower.writing for lower in on.lowers)
         following = self.loop.run_until_complete(on.crash())

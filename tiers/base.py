@@ -7,7 +7,7 @@ blocks leave to make room is the store's.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from kvstore.block import Medium, Namespace
 
@@ -109,10 +109,23 @@ class Transfer:
     block's bytes, None until somebody has computed it. `record` is how the tier remembers the block.
 
     `dropped` may be set at any time while a write goes on: the block must then not be there afterwards.
-    `damaged` is set by a read whose bytes are not those that were written.
+    `refused` is set by a write that did not take this block and will not, such as where another of its name
+    is. `damaged` is set by a read whose bytes are not those that were written, `missing` where they are gone.
     """
 
-    __slots__ = ("checksum", "damaged", "dropped", "key", "length", "memory", "namespace", "record", "slot")
+    __slots__ = (
+        "checksum",
+        "damaged",
+        "dropped",
+        "key",
+        "length",
+        "memory",
+        "missing",
+        "namespace",
+        "record",
+        "refused",
+        "slot",
+    )
 
     def __init__(
         self,
@@ -132,7 +145,12 @@ class Transfer:
         self.memory = memory
         self.checksum = checksum
         self.record = record
-        self.dropped = self.damaged = False
+        self.dropped = self.refused = self.damaged = self.missing = False
+
+    @property
+    def arrived(self) -> bool:
+        """After a read that went well: whether the block is in `memory`."""
+        return not self.damaged and not self.missing
 
 
 class StorageTier(Tier, Space, Protocol):
@@ -162,7 +180,7 @@ class StorageTier(Tier, Space, Protocol):
         """
 
     async def read(self, transfers: Sequence[Transfer]) -> None:
-        """Fill each `memory` with its block, or set `damaged`, where its contents are then undefined.
+        """Fill each `memory` with its block, or set `damaged` or `missing`, where its contents are undefined.
 
         Raises:
             TierError: it cannot give bytes now; the contents of all are undefined.
@@ -172,8 +190,12 @@ class StorageTier(Tier, Space, Protocol):
         """These blocks are to be there no longer: before their slots or records are used again, and at the
         latest when a `flush` begun after this has ended, no restart brings them back. Frees no slot."""
 
-    async def flush(self) -> None:
-        """Make lasting what was forgotten, over a power cut too.
+    def evict(self, records: Sequence[Any]) -> None:
+        """These blocks leave this node's directory, and their slots will be used again. Frees no slot."""
+
+    async def flush(self, names: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        """Make lasting what was forgotten, over a power cut too. Of `names` (namespace id, key) nothing is to
+        be there either, where something may be of which this node has never heard.
 
         Raises:
             TierError: it cannot; what was forgotten is tried again by the next write or flush.
@@ -191,4 +213,27 @@ class StorageTier(Tier, Space, Protocol):
 
         Raises:
             TierError: that does not go.
+        """
+
+
+class Found(NamedTuple):
+    """A block that somebody else has stored: its length in bytes, and what a `Transfer` says of it."""
+
+    length: int
+    checksum: int | None
+    record: Any
+
+
+@runtime_checkable
+class SharedTier(StorageTier, Protocol):
+    """A storage tier that other nodes write to as well: a node knows what it wrote, and what it asked for.
+
+    So `recover` finds nothing, slots are entries of the directory alone, and a block may be gone at any time.
+    """
+
+    async def find(self, blocks: Sequence[tuple[Namespace, bytes]]) -> list[Found | None]:
+        """Ask for all of these in one batch: what is there now, None for what is not.
+
+        Raises:
+            TierError: that cannot be told now.
         """

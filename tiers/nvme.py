@@ -74,9 +74,7 @@ class NvmeTier:
         self._allocator = Allocator(self.capacity_bytes)
         self._open: Folder | None = None
         self._last: Folder | None = None
-        self._jobs = Jobs(
-            name, str(folder), threads, translate=self._translated, give_back=self._close_files
-        )
+        self._jobs = Jobs(name, str(folder), threads, translate=self._translated, give_back=self._close_files)
 
     # Blocks: see StorageTier.
 
@@ -106,7 +104,10 @@ class NvmeTier:
         if self._last is not None:
             self._last.table.forget(records)
 
-    async def flush(self) -> None:
+    def evict(self, records: Sequence[Any]) -> None:
+        self.forget(records)
+
+    async def flush(self, names: Sequence[tuple[bytes, bytes]] = ()) -> None:
         await asyncio.shield(self._jobs.start("forgetting blocks", self._opened().table.flush))
 
     async def same(self) -> bool:

@@ -74,7 +74,7 @@ class Arena:
     @property
     def used_bytes(self) -> int:
         """Bytes of slots that are not free; what debug holds back counts as free."""
-        return self.tier.capacity_bytes - self.tier.free_bytes - self.room.late_bytes
+        return self.room.used_bytes
 
     def _count_evicted(self, blocks: Sequence[Block]) -> None:
         self.counters.evicted_blocks += len(blocks)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from kvstore.block import Namespace
 
 if TYPE_CHECKING:
+    from kvstore.node.accounts import Account
     from kvstore.node.directory import TierDirectory
 
 
@@ -23,15 +24,16 @@ class State(StrEnum):
 class Shelf:
     """One namespace's blocks in one tier: `sealed` is what readers may see, `pending` what they may not.
 
-    `sealed_bytes` is their length, counted by the directory.
+    `sealed_bytes` is their length, counted by the directory; `account` is what their salt has in the tier.
     Shelves live as long as somebody uses them: a connection, or a block on them.
     """
 
-    __slots__ = ("__weakref__", "namespace", "pending", "sealed", "sealed_bytes", "tier")
+    __slots__ = ("__weakref__", "account", "namespace", "pending", "sealed", "sealed_bytes", "tier")
 
     def __init__(self, tier: "TierDirectory", namespace: Namespace) -> None:
         self.tier = tier
         self.namespace = namespace
+        self.account: Account = tier.accounts.of(namespace.salt)
         self.sealed: dict[bytes, Block] = {}
         self.sealed_bytes = 0
         self.pending: dict[bytes, Block] = {}
@@ -91,6 +93,11 @@ class Block:
     def identity(self) -> tuple[bytes, bytes]:
         """Namespace id and key: equal for two blocks of the same content."""
         return self.shelf.namespace.id, self.key
+
+    @property
+    def readable(self) -> bool:
+        """Whether readers may see it."""
+        return self.state is State.SEALED or self.state is State.DEMOTING
 
     def __repr__(self) -> str:
         return f"<{self.state} {self.shelf.namespace} {self.key.hex()[:16]} pins={self.pins}>"

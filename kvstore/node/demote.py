@@ -5,14 +5,17 @@ the arena until it is written, which is how a slow disk holds writers back; what
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Final, cast
 
+from kvstore.node.accounts import Account
 from kvstore.node.arena import ROOM, Arena
 from kvstore.node.blocks import Block, State, idle
 from kvstore.node.lower import Lower
+from kvstore.node.policy import Policy
 from tiers.base import Transfer
 
 # Written by one call: small blocks share it.
@@ -42,7 +45,6 @@ class Demoter:
         self._lowers = tuple(lowers)
         media = dict.fromkeys(lower.tier.medium for lower in lowers)
         self._groups = [[low for low in lowers if low.tier.medium is medium] for medium in media]
-        self._admits_by_hits = any(lower.rules.admit_hits for lower in lowers)
         self._hits: dict[Block, int] = {}
         self._writes: dict[Block, _Write] = {}  # by the block below
         self._leaving_children: dict[Block, int] = {}
@@ -71,7 +73,7 @@ class Demoter:
 
     def hit(self, blocks: Sequence[Block]) -> None:
         """A reader was given these blocks."""
-        if not self._admits_by_hits:
+        if not any(lower.rules.admit_hits for lower in self._lowers):
             return
         for block in blocks:
             hits = self._hits[block] = self._hits.get(block, 0) + 1
@@ -92,9 +94,13 @@ class Demoter:
         if evicted:
             self._touch(blocks)
 
-    def want(self, length: int) -> None:
-        """A writer found no room for so many bytes: demote as many more, watermark or not."""
-        self._wanted_bytes = max(self._wanted_bytes, length)
+    def want(self, length: int, account: Account) -> None:
+        """So many bytes found no room: demote as many more, watermark or not; of their salt at its quota."""
+        if not account.excess_bytes(length):
+            self._wanted_bytes = max(self._wanted_bytes, length)
+        elif account.quota_bytes is not None and length <= account.quota_bytes:
+            account.wanted_bytes = length
+            self._arena.directory.accounts.over[account] = None
         self.pump()
 
     def remove(self, lower: Lower, below: Block) -> None:
@@ -110,10 +116,10 @@ class Demoter:
 
     async def breaker_changed(self, lower: Lower) -> None:
         """Owe a tier that fails nothing any more, so that the arena goes on; owe it again when it is back."""
-        owed = not lower.breaker.open
+        owed = lower.rules.owed and not lower.breaker.open
         blocks = list(lower.unwritten)
         for start in range(0, len(blocks), _TURN):
-            if lower.breaker.open == owed:
+            if (lower.rules.owed and not lower.breaker.open) != owed:
                 return  # it has changed again
             turn = islice(blocks, start, start + _TURN)
             changed = [block for block in turn if lower.unwritten.get(block, owed) != owed]
@@ -177,7 +183,8 @@ class Demoter:
         for lower in group:
             if block in lower.unwritten or self._is_there(lower, block):
                 return None
-            if block.length <= lower.tier.capacity_bytes and (best is None or lower.load < best.load):
+            fits = lower.tier.slot_length(block.length) <= lower.tier.capacity_bytes
+            if fits and (best is None or lower.load < best.load):
                 best = lower
         return best
 
@@ -186,7 +193,7 @@ class Demoter:
         return shelf is not None and (block.key in shelf.sealed or block.key in shelf.pending)
 
     def _enter(self, lower: Lower, block: Block) -> None:
-        owed = not lower.breaker.open
+        owed = lower.rules.owed and not lower.breaker.open
         lower.unwritten[block] = owed
         lower.unwritten_bytes += block.length
         block.owed += owed
@@ -230,13 +237,21 @@ class Demoter:
         return writes
 
     def _coldest(self, lower: Lower) -> Iterator[Block]:
-        """What may be demoted now, while the arena is too full."""
+        """What may be demoted now, while salts are above their quotas or the arena is too full."""
+        directory = self._arena.directory
+        for account in list(directory.accounts.over):
+            if account.order is not None:
+                yield from self._coldest_of(lower, account.order, account.is_over)
+        yield from self._coldest_of(lower, directory.policy, partial(self._too_full, lower))
+
+    def _coldest_of(self, lower: Lower, policy: Policy, too_full: Callable[[int], bool]) -> Iterator[Block]:
+        """What of the policy's blocks may be demoted, `too_full` with so many bytes less."""
         spare_bytes = 0
-        if not self._too_full(lower, spare_bytes):
+        if not too_full(spare_bytes):
             return
-        coldest = cast(Iterator[Block], self._arena.directory.policy.coldest())
+        coldest = cast(Iterator[Block], policy.coldest())
         for block in list(islice(filter(idle, coldest), _LOOKS_MAX)):
-            if not self._too_full(lower, spare_bytes):
+            if not too_full(spare_bytes):
                 return
             if block.children > self._leaving_children.get(block, 0):
                 continue
@@ -244,10 +259,10 @@ class Demoter:
             if owed_here is not None and block.owed == owed_here:  # and to no other tier
                 yield block
             elif block.owed == 0:
-                spare_bytes += block.slot.length  # as good as free: it may leave at once
+                spare_bytes += block.length  # as good as free: it may leave at once
 
     def _too_full(self, lower: Lower, spare_bytes: int) -> bool:
-        capacity = self._arena.tier.capacity_bytes
+        capacity = self._arena.room.limit_bytes
         staying = self._arena.used_bytes - self._leaving_bytes - spare_bytes
         if staying > lower.rules.high_watermark * capacity:
             self._demoting.add(lower)
@@ -256,10 +271,10 @@ class Demoter:
         return lower in self._demoting or self._wanted_bytes > self._leaving_bytes
 
     def _begin(self, lower: Lower, block: Block) -> _Write | None:
-        slot = lower.take(block.length)
+        shelf = lower.directory.shelf(block.shelf.namespace)
+        slot = lower.take(block.length, shelf.account)
         if slot is None:
             return None
-        shelf = lower.directory.shelf(block.shelf.namespace)
         parent = None if block.parent is None else shelf.resident(block.parent.key)
         below = lower.directory.add(shelf, block.key, block.length, slot, State.RESERVED, parent)
         slot.owner = below
@@ -273,6 +288,7 @@ class Demoter:
         if lower.rules.on_eviction:
             generation = directory.demote(block)
             self._leaving_bytes += block.slot.length
+            block.shelf.account.leaving_bytes += block.length
             if block.parent is not None:
                 leaving = self._leaving_children
                 leaving[block.parent] = leaving.get(block.parent, 0) + 1
@@ -298,8 +314,8 @@ class Demoter:
         lower.writing -= 1
         stored = [write.below for write in writes if self._ended_below(lower, write, well=well)]
         if stored:
-            lower.directory.requested(stored)
-            lower.announce_sealed(stored)
+            lower.entered(stored)
+            lower.graves.difference_update([below.identity for below in stored])
             lower.counters.written_blocks += len(stored)
             lower.counters.written_bytes += sum([below.length for below in stored])
         gone = [write.block for write in writes if self._ended_above(lower, write)]
@@ -319,11 +335,12 @@ class Demoter:
         slot = lower.directory.let_go(below)
         if transfer.dropped and not write.forgotten:
             lower.tier.forget([transfer.record])
-        if slot is None and well:
+        if slot is None and well and not transfer.refused:
             below.checksum, below.record = transfer.checksum, transfer.record
             write.block.checksum = transfer.checksum
             lower.directory.seal([below])
             return True
+        lower.counters.refused_blocks += transfer.refused
         lower.room.free(lower.directory.abort(below) if slot is None else slot)
         return False
 
@@ -332,6 +349,7 @@ class Demoter:
         directory, block = self._arena.directory, write.block
         if write.generation is not None:
             self._leaving_bytes -= block.slot.length
+            block.shelf.account.leaving_bytes -= block.length
             self._count_left(write.parent)
         slot = directory.let_go(block)
         block.owed -= write.owed
@@ -345,7 +363,8 @@ class Demoter:
                 return True
         elif block.state is State.DEMOTING:
             directory.resume(block)
-        if block.state is State.SEALED and self._destination([lower], block) is lower:
+        again = block.state is State.SEALED and not write.transfer.refused
+        if again and self._destination([lower], block) is lower:
             self._enter(lower, block)  # it could not be written: once more
         directory.policy.freed([block])
         return False

@@ -14,7 +14,7 @@ or into it, to move a block between tiers, is a copy: like a pin it keeps the sl
 end a demotion. A load that is given up while its copy goes on is doomed as well.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -22,6 +22,7 @@ from weakref import WeakValueDictionary
 
 from kvstore.block import HitLength, Medium, Namespace
 from kvstore.errors import InvalidRequest
+from kvstore.node.accounts import Accounts, Quotas
 from kvstore.node.blocks import Block, Shelf, State
 from kvstore.node.policy import Policy
 
@@ -45,6 +46,7 @@ class TierDirectory:
         self.name = name
         self.medium = medium
         self.policy = policy
+        self.accounts = Accounts(policy)
         self._shelves: WeakValueDictionary[bytes, Shelf] = WeakValueDictionary()
         self.generation = 0
         self.requests = 0
@@ -82,6 +84,14 @@ class TierDirectory:
         """All shelves in use."""
         return list(self._shelves.values())
 
+    def set_quotas(self, quotas: Quotas) -> None:
+        """Have these quotas from now on. What is beyond them leaves by `Room.shed`."""
+        self.policy = self.accounts.set_quotas(quotas)
+
+    def set_policy(self, kind: Callable[[], Policy]) -> None:
+        """Order blocks by a policy of this kind from now on; it begins with the order of the present one."""
+        self.policy = self.accounts.set_policy(kind)
+
     # What writers and loads do: absent -> reserved | loading -> sealed | absent.
 
     def add(
@@ -92,6 +102,11 @@ class TierDirectory:
         block.generation = self._next_generation()
         shelf.pending[key] = block
         self._pending += 1
+        account = shelf.account
+        account.blocks += 1
+        account.block_bytes += length
+        if account.quota_bytes is not None and account.block_bytes > account.quota_bytes:
+            self.accounts.over[account] = None  # what was found when the tier was recovered
         if parent is not None and parent.state is not State.ABSENT:
             block.parent = parent
             parent.children += 1
@@ -275,7 +290,8 @@ class TierDirectory:
             ),
             *((b.children != children.get(b, 0), f"{b} has {b.children} children counted") for b in resident),
         ]
-        return [f"{self.name}: {text}" for bad, text in wrong if bad]
+        salts = self.accounts.check(sealed, [*resident, *self._doomed])
+        return [f"{self.name}: {text}" for text in (*[text for bad, text in wrong if bad], *salts)]
 
     def _hide(self, block: Block) -> None:
         del block.shelf.sealed[block.key]
@@ -286,6 +302,9 @@ class TierDirectory:
     def _absent(self, block: Block) -> Any:
         block.state = State.ABSENT
         self._unlink(block)
+        account = block.shelf.account
+        account.blocks -= 1
+        account.block_bytes -= block.length
         slot, block.slot = block.slot, None
         return slot
 

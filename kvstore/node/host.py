@@ -28,6 +28,9 @@ class Host(Protocol):
     def check(self) -> list[str]:
         """What is wrong in the node."""
 
+    def open_writes(self) -> int:
+        """Write leases of clients that are connected."""
+
     def reclaim(self, resume: Sequence[bytes], held: Sequence[int]) -> list[Holder]:
         """A client is back: those of its lost sessions that still hold some of the leases `held`."""
 

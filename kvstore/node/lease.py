@@ -85,11 +85,15 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """The answer to reserve. `status` has one letter a key: g(ranted), p(resent), b(usy), r(efused)."""
+    """The answer to reserve. `status` has one letter a key: g(ranted), p(resent), b(usy), r(efused).
+
+    It is hopeless to wait for what was refused when all of it together is beyond a salt's quota.
+    """
 
     lease: WriteLease
     status: bytes
     slots: Sequence[Slot]
+    hopeless: bool = False
 
 
 def check_distinct(keys: Sequence[bytes] | Sequence[tuple[bytes, bytes]]) -> None:

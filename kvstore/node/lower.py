@@ -5,30 +5,31 @@ It decides nothing about which block goes where; that is for those who promote a
 
 import asyncio
 import logging
-import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from itertools import islice
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
-from kvstore.errors import ConfigError, TierError
+from kvstore.block import Medium
+from kvstore.errors import TierError
+from kvstore.node.accounts import Account
 from kvstore.node.arena import Listener
-from kvstore.node.aside import as_transfer, read_aside
 from kvstore.node.blocks import Block, Shelf, State
 from kvstore.node.breaker import Breaker
 from kvstore.node.directory import TierDirectory
+from kvstore.node.pace import Pace
 from kvstore.node.room import Room
 from kvstore.node.rules import Rules
 from kvstore.statistics import Latencies, TierCounters
-from tiers.base import Slot, StorageTier
+from tiers.base import Found, Slot, StorageTier
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 # Blocks entered into the directory before others have their turn: about 1 ms.
 _TURN: Final = 256
+# Bytes per second that a tier is believed to give until it has been measured.
+_GUESSES: Final = {Medium.NVME: 1.5e9, Medium.REMOTE: 0.5e9}
 # One line of the log at most in this time for damaged blocks.
 _SILENCE_S: Final = 60.0
 # A daemon that starts waits so long for what its disks hold, and then goes on without them.
@@ -61,11 +62,16 @@ class Lower:
         self.calls = 0  # under way or about to be, late ones included; kept by those who make them
         self.evicted_stamp = 0  # of the block that left last
         self._listeners = tuple(listeners)
+        # What readers are loading, or waiting to; how fast that goes.
+        self.loading_bytes = 0
+        self.pace = Pace(_GUESSES[tier.medium])
         self.recovered = False
         self._starting: asyncio.Future[None] | None = None
-        # What was removed while the tier could not be told: (namespace id, key).
-        self._graves: set[tuple[bytes, bytes]] = set()
-        self._reason = ""
+        # What was removed and the tier is still to be told of: (namespace id, key).
+        self.graves: set[tuple[bytes, bytes]] = set()
+        self.enabled = True
+        self._reason = "what it holds is not known yet"
+        self._log = logging.LoggerAdapter(logger, {"tier": tier.name})
         self._silent_until = 0.0
         self._on_breaker: Callable[[Lower], None] = lambda _: None
         self._on_end: Callable[[Lower], None] = lambda _: None
@@ -85,8 +91,29 @@ class Lower:
     @property
     def load(self) -> tuple[float, float]:
         """How busy and how full the tier is, to be compared with others'."""
-        capacity = self.tier.capacity_bytes
-        return self.unwritten_bytes / capacity, 1 - self.tier.free_bytes / capacity
+        usable = self.room.limit_bytes
+        return self.unwritten_bytes / usable, self.room.used_bytes / usable
+
+    @property
+    def backlog_blocks(self) -> int:
+        """Blocks that the tier is still to get, or is getting now."""
+        return len(self.unwritten) + self.writing_blocks
+
+    @property
+    def failing(self) -> str:
+        """Why the tier is left alone; empty while it is not."""
+        if not self.enabled:
+            return "it is turned off"
+        return self._reason if self.breaker.open else ""
+
+    def turn(self, *, on: bool) -> None:
+        """Leave the tier alone from now on, as if it failed, or look after it again."""
+        if on != self.enabled:
+            self.enabled = on
+            self._reason = "it was turned off"
+            self._log.warning("tier %s is turned %s", self.name, "on" if on else "off")
+            if self.breaker.trip():
+                self._on_breaker(self)
 
     def call_ended(self) -> None:
         """A thread is idle again."""
@@ -104,6 +131,10 @@ class Lower:
         """Whether another call that writes may begin now."""
         most = 1 if self.queued_reads else max(1, self.rules.jobs - 1)
         return self._has_idle_thread() and self.writing < most
+
+    def expected_s(self, length: int) -> float:
+        """When a block of this length would be here, were it asked for now."""
+        return self.pace.expected_s(self.loading_bytes + length)
 
     def readable(self, shelf: Shelf, key: bytes) -> Block | None:
         """The block, if it is here and the tier can be asked for it."""
@@ -130,7 +161,7 @@ class Lower:
             nonlocal in_time
             in_time = False
             self.counters.late_calls += 1
-            self._trip(f"no answer within {self.rules.timeout_s} s")
+            self.trip(f"no answer within {self.rules.timeout_s} s")
             late()
 
         timer = asyncio.get_running_loop().call_later(self.rules.timeout_s, on_late)
@@ -141,7 +172,7 @@ class Lower:
             self._failed(str(error))
             return False
         except Exception:  # a mistake in a tier must not leave blocks on their way for ever
-            logger.exception("tier %s: a call failed by a mistake", self.name)
+            logger.exception("tier %s: a call failed by a mistake", self.name, extra={"tier": self.name})
             self._failed("a mistake; the log says which")
             return False
         else:
@@ -153,11 +184,13 @@ class Lower:
             timer.cancel()
 
     async def start(self) -> None:
-        """Recover what is there. A tier that cannot be opened now is looked after by `watch`.
+        """Recover what is there. A tier that cannot be opened now is left to who looks after it.
 
         Raises:
             ConfigError: the tier cannot be what it should be.
         """
+        if not self.enabled:
+            return
         self._starting = asyncio.ensure_future(self.recover())
         try:
             done, _ = await asyncio.wait({self._starting}, timeout=_START_S)
@@ -168,20 +201,23 @@ class Lower:
         except TierError as error:
             self._opened(str(error))
         else:
-            self.breaker.probed(well=True)
+            self.breaker.probed(well=self.enabled)
 
-    async def watch(self) -> None:
-        """Look after the tier, for as long as it is there: open the breaker, and close it."""
+    @property
+    def starting(self) -> bool:
+        """Whether `start` goes on."""
+        return self._starting is not None and not self._starting.done()
+
+    async def started(self) -> None:
+        """Return once `start` is over, well or not."""
         if self._starting is not None:
             await asyncio.wait({self._starting})
-        while True:
-            await asyncio.sleep(self.breaker.pause_s(random.random()))
-            before = self.breaker.open
-            # Late calls must be over before it is trusted again.
-            well = False if before and self.calls else await self._looked_after()
-            if before and self.breaker.probed(well=well):
-                logger.warning("tier %s is back", self.name)
-                self._on_breaker(self)
+
+    def probed(self, *, well: bool) -> None:
+        """A look at the tier while it was left alone has ended."""
+        if self.breaker.probed(well=well):
+            self._log.warning("tier %s is back", self.name)
+            self._on_breaker(self)
 
     async def recover(self) -> None:
         """Open the tier and enter what it holds.
@@ -197,37 +233,52 @@ class Lower:
             if index % _TURN == 0:
                 await asyncio.sleep(0)
             shelf = self.directory.shelf(transfer.namespace)
-            block = self.directory.add(
-                shelf, transfer.key, transfer.length, transfer.slot, State.RESERVED, None
-            )
-            transfer.slot.owner = block
-            block.checksum, block.record = transfer.checksum, transfer.record
-            if block.identity in self._graves:
+            stored = Found(transfer.length, transfer.checksum, transfer.record)
+            block = self._add(shelf, transfer.key, stored, transfer.slot)
+            if block.identity in self.graves:
                 self._free(self.directory.abort(block), block)
                 continue
             self.directory.seal([block])
-            self.directory.requested([block])
-            self.announce_sealed([block])
+            self.entered([block])
         self.counters.recovered_blocks += len(found)
         self.recovered = True
         if found:
-            logger.info("tier %s: %d blocks recovered", self.name, len(found))
+            self._log.info("tier %s: %d blocks recovered", self.name, len(found))
 
     # Blocks.
 
-    def take(self, length: int) -> Slot | None:
+    def take(self, length: int, account: Account) -> Slot | None:
         """A slot, made room for if need be; `settle` when done taking."""
-        return self.room.take(length)
+        return self.room.take(length, account)
 
     def settle(self) -> None:
         """Announce and forget what left since `room.begin`."""
         evicted = self.room.evicted
         if evicted:
-            self.tier.forget([block.record for block in evicted])
+            self.tier.evict([block.record for block in evicted])
             self.announce_removed(evicted)
             self.evicted_stamp = evicted[-1].stamp
             self.counters.evicted_blocks += len(evicted)
             self.counters.evicted_bytes += sum([block.length for block in evicted])
+
+    def enter(self, shelf: Shelf, key: bytes, found: Found) -> Block | None:
+        """Know a block that somebody else has stored; None if it is known, removed, or there is no room.
+
+        `settle` when done entering, and then say so by `entered`.
+        """
+        if shelf.resident(key) is not None or (shelf.namespace.id, key) in self.graves:
+            return None
+        slot = self.take(found.length, shelf.account)
+        if slot is None:
+            return None
+        block = self._add(shelf, key, found, slot)
+        self.directory.seal([block])
+        return block
+
+    def entered(self, blocks: Sequence[Block]) -> None:
+        """These blocks can be read here from now on."""
+        self.directory.requested(blocks)
+        self.announce_sealed(blocks)
 
     def drop(self, blocks: Iterable[Block]) -> None:
         """Take readable blocks out, for good once the tier has flushed. Pinned ones keep their slots."""
@@ -244,9 +295,14 @@ class Lower:
         if blocks and time.monotonic() >= self._silent_until:
             self._silent_until = time.monotonic() + _SILENCE_S
             text = "tier %s: a block is damaged and dropped, %s; the count of others is in damaged_blocks"
-            logger.warning(text, self.name, blocks[0])
+            self._log.warning(text, self.name, blocks[0])
         self.drop(blocks)
         self.counters.damaged_blocks += len(blocks)
+
+    def missing(self, blocks: Sequence[Block]) -> None:
+        """These blocks are here no more: another node, or the servers themselves, let go of them."""
+        self.drop(blocks)
+        self.counters.lost_blocks += len(blocks)
 
     def unpin(self, blocks: Sequence[Block]) -> None:
         """End reading these blocks."""
@@ -265,17 +321,18 @@ class Lower:
 
     def mark(self, names: Iterable[tuple[bytes, bytes]]) -> None:
         """These blocks (namespace id, key) were removed: should they be found here, they are not to be."""
-        self._graves.update(names)
+        self.graves.update(names)
 
     async def bury(self, names: Iterable[tuple[bytes, bytes]]) -> bool:
         """See to it that marked blocks never come back, with a restart either. False if not yet."""
         if self.breaker.open:
             return False
-        flushed = asyncio.ensure_future(self._flush())
+        names = list(names)
+        flushed = asyncio.ensure_future(self._flush(names))
         done, _ = await asyncio.wait({flushed}, timeout=self.rules.timeout_s)
         if not done or not flushed.result():
             return False
-        self._graves.difference_update(names)
+        self.graves.difference_update(names)
         return True
 
     # Helpers.
@@ -283,71 +340,18 @@ class Lower:
     def _has_idle_thread(self) -> bool:
         return not self.breaker.open and self.reading + self.writing < self.rules.jobs
 
-    async def _flush(self) -> bool:
+    def _add(self, shelf: Shelf, key: bytes, stored: Found, slot: Slot) -> Block:
+        block = self.directory.add(shelf, key, stored.length, slot, State.RESERVED, None)
+        slot.owner = block
+        block.checksum, block.record = stored.checksum, stored.record
+        return block
+
+    async def _flush(self, names: Sequence[tuple[bytes, bytes]]) -> bool:
         self.calls += 1
         try:
-            return await self.attempt(self.tier.flush(), Latencies(), lambda: None)
+            return await self.attempt(self.tier.flush(names), Latencies(), lambda: None)
         finally:
             self.calls -= 1
-
-    async def _looked_after(self) -> bool:
-        try:
-            if self.recovered:
-                same = await self._in_time(self.tier.same())
-                if same and self.breaker.open:
-                    await self._in_time(self._probe())
-                if not same:
-                    self.recovered = False
-                    self._trip("its files are gone or not the same")
-            if not self.recovered:
-                if self.calls:
-                    return False
-                await self.recover()
-            if self._graves:
-                buried = set(self._graves)
-                await self._in_time(self.tier.flush())
-                self._graves -= buried
-        except TimeoutError:
-            self._trip(f"no answer within {self.rules.timeout_s} s")
-            return False
-        except (TierError, ConfigError) as error:
-            self._trip(str(error))
-            return False
-        except Exception:  # whatever it was, somebody must go on looking after the tier
-            logger.exception("tier %s: looking after it failed by a mistake", self.name)
-            self._trip("a mistake; the log says which")
-            return False
-        return True
-
-    async def _probe(self) -> None:
-        """Write a little and read a block, if there is one: a disk may do the one and not the other."""
-        await self.tier.probe()
-        stored = next((block for shelf in self.directory.shelves() for block in shelf.sealed.values()), None)
-        if stored is not None:
-            self.directory.pin([stored])
-            try:
-                await read_aside(self.tier, [as_transfer(stored)])
-            finally:
-                self.unpin([stored])
-
-    async def _in_time(self, operation: Coroutine[Any, Any, T]) -> T:
-        """Await a call of the tier for as long as it may take.
-
-        Raises:
-            TimeoutError: it takes longer, and goes on by itself.
-        """
-        self.calls += 1
-        task = asyncio.ensure_future(operation)
-        task.add_done_callback(self._over)
-        done, _ = await asyncio.wait({task}, timeout=self.rules.timeout_s)
-        if not done:
-            raise TimeoutError
-        return task.result()
-
-    def _over(self, task: "asyncio.Future[Any]") -> None:
-        self.calls -= 1
-        if not task.cancelled():
-            task.exception()  # whoever waited has it; if nobody did, the breaker is open already
 
     async def _forget_all(self) -> None:
         """Take every block out of the directory: the files that they were in are not there any more."""
@@ -369,15 +373,16 @@ class Lower:
         if self.breaker.failed():
             self._opened(reason)
 
-    def _trip(self, reason: str) -> None:
+    def trip(self, reason: str) -> None:
+        """The tier fails: leave it alone until it is back, and say why, once."""
         if self.breaker.trip():
             self._opened(reason)
         elif reason != self._reason:
             self._reason = reason
-            logger.warning("tier %s still fails: %s", self.name, reason)
+            self._log.warning("tier %s still fails: %s", self.name, reason)
 
     def _opened(self, reason: str) -> None:
         self._reason = reason
         self.counters.breaker_opened += 1
-        logger.warning("tier %s fails and is left alone until it is back: %s", self.name, reason)
+        self._log.warning("tier %s fails and is left alone until it is back: %s", self.name, reason)
         self._on_breaker(self)

@@ -3,28 +3,49 @@
 import asyncio
 from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Final
 
 from kvstore.errors import TierError
-from kvstore.node.arena import Arena
+from kvstore.node.arena import ROOM, Arena
 from kvstore.node.blocks import Block, Shelf, State
+from kvstore.node.care import look_after
 from kvstore.node.demote import Demoter
+from kvstore.node.finder import Finder
 from kvstore.node.lower import Lower
 from kvstore.node.promote import Promoter, Shelves
+from kvstore.node.rules import Rules
+from tiers.base import SharedTier
 
 # On a stop, what is owed to the tiers below gets this long, and so do calls under way to end.
 _STOP_S: Final = 5.0
+# Blocks evicted for a lower limit before others have their turn, about 5 us each.
+_TURN: Final = 256
+# How rules differ while draining: everything is written, soon, and stays above too.
+_DRAINING: Final[dict[str, Any]] = {"on_eviction": False, "exclusive": False, "admit_hits": 0}
 
 
 class Movements:
-    """The tiers below an arena, fastest first; with none, everything here does nothing."""
+    """The tiers below an arena, fastest first; with none, everything here does nothing.
 
-    def __init__(self, arena: Arena, lowers: Sequence[Lower]) -> None:
+    What a shared tier was asked for in vain is not asked for again within `missing_s`.
+    """
+
+    def __init__(self, arena: Arena, lowers: Sequence[Lower], *, missing_s: float = 2.0) -> None:
         self._arena = arena
         self.lowers = tuple(lowers)
         self.demoter = Demoter(arena, lowers)
         self.promoter = Promoter(arena, lowers, promoted=self._promoted, wanted=self.demoter.want)
+        self._finders = [
+            Finder(lower, lower.tier, missing_s=missing_s)
+            for lower in lowers
+            if isinstance(lower.tier, SharedTier)
+        ]
         self._tasks: set[asyncio.Task[None]] = set()
+        self._trimming: asyncio.Task[None] | None = None
+        self._offering: asyncio.Task[None] | None = None
+        self._rules = {lower: lower.rules for lower in lowers}  # but for draining
+        self.draining = False
         arena.on_evicted(lambda blocks: self.demoter.left(blocks, evicted=True))
         for lower in lowers:
             lower.watch_calls(on_breaker=self._breaker_changed, on_end=self._call_ended)
@@ -37,7 +58,7 @@ class Movements:
         """
         await asyncio.gather(*[lower.start() for lower in self.lowers])
         for lower in self.lowers:
-            self._spawn(lower.watch())
+            self._spawn(look_after(lower))
 
     async def stop(self) -> bool:
         """Write what is owed for a while, then let what is under way end; False if some of it hangs."""
@@ -57,11 +78,74 @@ class Movements:
             lower.tier.close()
         return all(task.done() for task in under_way)
 
+    # What can change meanwhile.
+
+    def set_rules(self, lower: Lower, rules: Rules) -> None:
+        """Move blocks to and from this tier by other rules from now on."""
+        fewer_hits = rules.admit_hits < self._rules[lower].admit_hits
+        self._rules[lower] = rules
+        lower.rules = replace(rules, **_DRAINING) if self.draining else rules
+        if fewer_hits and not self.draining:
+            self._spawn(self.demoter.offer())
+        self.demoter.pump()
+
+    def drain(self, *, on: bool) -> None:
+        """Write all below, whatever the rules say, and let nobody write anew; or go by the rules again."""
+        self.draining = on
+        for lower, rules in self._rules.items():
+            self.set_rules(lower, rules)
+        if on:
+            self._offering = self._spawn(self.demoter.offer())
+            self._arena.waiting.wake(ROOM)  # in vain
+
+    @property
+    def offering(self) -> bool:
+        """Whether a drain is still looking for what to write."""
+        return self._offering is not None and not self._offering.done()
+
+    def set_limit(self, tier: Arena | Lower, limit_bytes: int) -> None:
+        """Let the tier have no more than this used, or all that it was made with. Gives no memory back."""
+        tier.room.limit_bytes = min(limit_bytes, tier.tier.capacity_bytes)
+        self._arena.waiting.wake(ROOM)
+        self.demoter.pump()
+        self.trim()
+
+    def trim(self) -> None:
+        """Begin to evict what is above a limit; to be called now and then, for what was pinned or owed."""
+        if self._trimming is None or self._trimming.done():
+            working = [lower for lower in self.lowers if not lower.breaker.open]
+            tiers: list[Arena | Lower] = [self._arena, *working]
+            over = [tier for tier in tiers if tier.room.used_bytes > tier.room.limit_bytes]
+            self._trimming = self._spawn(_trim(over)) if over else None
+
     # Readers.
 
     def below(self, shelves: Shelves, key: bytes) -> bool:
         """Whether a tier below has the block and can be asked for it."""
         return len(shelves) > 1 and self.promoter.source(shelves, key) is not None
+
+    def may_find(self, shelves: Shelves, key: bytes) -> bool:
+        """Whether a shared tier is worth asking for a block that is not here."""
+        return any(finder.may_know(shelves[0], key) for finder in self._finders)
+
+    async def find(self, items: Sequence[tuple[Shelves, bytes]], timeout_s: float) -> None:
+        """Ask the shared tiers, in one batch each, for what of these is not here, for up to `timeout_s`.
+
+        What they have can be loaded then. Cancelling, and the end of the time, leave the question to itself.
+        """
+        unknown = [
+            (shelves, key)
+            for shelves, key in items
+            if shelves[0].resident(key) is None and not self.below(shelves, key)
+        ]
+        if not unknown or not self._finders:
+            return
+        asked: set[asyncio.Task[None]] = set()
+        for finder in self._finders:
+            number = self.lowers.index(finder.lower) + 1
+            asked |= finder.ask([(shelves[number], key) for shelves, key in unknown])
+        if asked:
+            await asyncio.wait(asked, timeout=timeout_s)
 
     def readable(self, shelves: Shelves) -> Shelves:
         """The shelves, with empty ones for tiers that cannot be asked now."""
@@ -122,7 +206,7 @@ class Movements:
 
     def _call_ended(self, lower: Lower) -> None:
         self.promoter.pump(lower)
-        self.demoter.pump_one(lower)
+        self.demoter.pump()  # what one tier was just given, another may have waited for
 
     def _breaker_changed(self, lower: Lower) -> None:
         if lower.breaker.open:
@@ -131,7 +215,15 @@ class Movements:
         if not lower.breaker.open:
             self._spawn(self.demoter.offer())
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+
+async def _trim(tiers: Sequence[Arena | Lower]) -> None:
+    for tier in tiers:
+        while tier.room.shrink(_TURN):
+            tier.settle()
+            await asyncio.sleep(0)

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 
+from kvstore.node.accounts import Together
 from kvstore.node.arena import ROOM
 from kvstore.node.blocks import Block
 from kvstore.node.lease import Grant, Holder, ReadLease
@@ -16,7 +17,7 @@ async def reserve(
 ) -> Grant:
     """Reserve by `attempt`, `nbytes` in all; wait up to `wait_s` for room. While it waits it holds nothing.
 
-    What more than the holder's limit or the arena would be needed for is not waited for. Cancelling
+    What more than the holder's limit, a quota or the arena would be needed for is not waited for. Cancelling
     reserves nothing.
     """
     deadline = time.monotonic() + wait_s
@@ -24,7 +25,7 @@ async def reserve(
     while True:
         grant = attempt()
         remaining = deadline - time.monotonic()
-        if b"r" not in grant.status or remaining <= 0 or not possible:
+        if b"r" not in grant.status or remaining <= 0 or not possible or grant.hopeless:
             return grant
         store.writers.undo(holder, grant.lease)
         await store.waiting.wait(ROOM, remaining)
@@ -35,8 +36,8 @@ async def acquire(
 ) -> ReadLease:
     """Like `Readers.acquire`, but wait up to `wait_s` for keys that are below, or being written now.
 
-    What is ready is pinned at once. Ends early at a key that nobody has announced. Cancelling releases
-    what was pinned; what is being loaded arrives all the same.
+    What is ready is pinned at once; for what is not here shared tiers are asked once. Ends early at a key
+    that nobody has announced. Cancelling releases what was pinned; what is being loaded arrives all the same.
     """
     deadline = time.monotonic() + wait_s
     readers = store.readers
@@ -44,9 +45,14 @@ async def acquire(
     readers.extend(holder, shelves[0], lease, keys)
     readers.looked(len(lease.blocks), len(keys))
     try:
+        if len(lease.blocks) < len(keys) and not lease.limited:
+            missing = keys[len(lease.blocks) :]
+            _prefix_under_way(store, holder, lease, shelves, missing)  # meanwhile
+            await store.movements.find([(shelves, key) for key in missing], wait_s)
+            readers.extend(holder, shelves[0], lease, keys)
         while len(lease.blocks) < len(keys) and not lease.limited:
             remaining = deadline - time.monotonic()
-            subject = _prefix_under_way(store, holder, shelves, keys[len(lease.blocks) :])
+            subject = _prefix_under_way(store, holder, lease, shelves, keys[len(lease.blocks) :])
             if subject is None or remaining <= 0:
                 break
             await store.waiting.wait(subject, remaining)
@@ -55,9 +61,10 @@ async def acquire(
         if lease.id in holder.reads:
             readers.release(holder, lease.id)
         raise
-    if len(lease.blocks) < len(keys) and _beyond_limit(store, holder, shelves, keys[len(lease.blocks)]):
+    following = keys[len(lease.blocks) :][:1]
+    if following and _beyond_limit(store, holder, Together(lease.blocks), shelves, following[0]):
         readers.limit(lease)
-    readers.count_hits(lease, keys)
+    readers.count_hits(shelves[0], lease, keys)
     return lease
 
 
@@ -66,7 +73,7 @@ async def acquire_each(
 ) -> tuple[ReadLease, bytes]:
     """Like `Readers.acquire_each`, but wait up to `wait_s` for what is below, or being written now.
 
-    What is ready is pinned at once. Cancelling releases it.
+    What is ready is pinned at once, and shared tiers are asked once. Cancelling releases what was pinned.
     """
     deadline = time.monotonic() + wait_s
     readers = store.readers
@@ -74,9 +81,14 @@ async def acquire_each(
     readers.extend_each(holder, lease, items, found)
     readers.looked(len(lease.blocks), len(items))
     try:
+        missing = [item for item, here in zip(items, found, strict=True) if not here]
+        if missing and not lease.limited:
+            _under_way(store, holder, lease, missing)  # meanwhile
+            await store.movements.find(missing, wait_s)
+            readers.extend_each(holder, lease, items, found)
         while not lease.limited and (remaining := deadline - time.monotonic()) > 0:
             missing = [item for item, here in zip(items, found, strict=True) if not here]
-            subject = _under_way(store, holder, missing)
+            subject = _under_way(store, holder, lease, missing)
             if subject is None:
                 break
             await store.waiting.wait(subject, remaining)
@@ -89,33 +101,41 @@ async def acquire_each(
 
 
 def _prefix_under_way(
-    store: Store, holder: Holder, shelves: Shelves, keys: Sequence[bytes]
+    store: Store, holder: Holder, lease: ReadLease, shelves: Shelves, keys: Sequence[bytes]
 ) -> Block | str | None:
     """Begin to load what can be had of these leading keys; what to wait for until the first may be here."""
     arena = shelves[0]
-    if _beyond_limit(store, holder, shelves, keys[0]):
+    if _beyond_limit(store, holder, Together(lease.blocks), shelves, keys[0]):
         return None
     items = []
     for key in keys:
         if key not in arena.sealed and key not in arena.pending and not store.movements.below(shelves, key):
             break
         items.append((shelves, key))
-    return _under_way(store, holder, items)
+    return _under_way(store, holder, lease, items)
 
 
-def _under_way(store: Store, holder: Holder, items: Sequence[tuple[Shelves, bytes]]) -> Block | str | None:
+def _under_way(
+    store: Store, holder: Holder, lease: ReadLease, items: Sequence[tuple[Shelves, bytes]]
+) -> Block | str | None:
     """Begin to load what is below; what to wait for until more may be here. None when there is nothing."""
-    store.movements.promoter.load(items, holder.pinned_bytes_max - holder.pinned_bytes)
+    store.movements.promoter.load(items, holder.pinned_bytes_max - holder.pinned_bytes, lease.blocks)
     for shelves, key in items:
         if (pending := shelves[0].pending.get(key)) is not None:
             return pending
+    together = Together(lease.blocks)
     for shelves, key in items:
-        if key not in shelves[0].sealed and store.movements.below(shelves, key):
-            return None if _beyond_limit(store, holder, shelves, key) else ROOM
+        is_below = key not in shelves[0].sealed and store.movements.below(shelves, key)
+        if is_below and not _beyond_limit(store, holder, together, shelves, key):
+            return ROOM
     return None
 
 
-def _beyond_limit(store: Store, holder: Holder, shelves: Shelves, key: bytes) -> bool:
-    """Whether the block is below, and longer than what this client may still pin."""
+def _beyond_limit(store: Store, holder: Holder, together: Together, shelves: Shelves, key: bytes) -> bool:
+    """Whether the block is below, and longer than what this client may still pin, or its salt still have."""
     found = store.movements.promoter.source(shelves, key)
-    return found is not None and found[1].length > holder.pinned_bytes_max - holder.pinned_bytes
+    if found is None:
+        return False
+    length = found[1].length
+    beyond = length > holder.pinned_bytes_max - holder.pinned_bytes
+    return beyond or not together.fits(shelves[0].account, length)

@@ -44,6 +44,9 @@ class Policy(Protocol):
     def left(self, block: Entry, *, evicted: bool) -> None:
         """The block has left the tier, evicted to make room or removed for another reason."""
 
+    def inherit(self, other: Any) -> None:
+        """Begin, while empty, with all that another policy has, in its order; the other is of no more use."""
+
     def __len__(self) -> int:
         """Blocks in the order, set aside or not."""
 
@@ -110,6 +113,10 @@ class FIFO:
             del self._order[block]
         else:
             self._forget(block)
+
+    def inherit(self, other: "FIFO") -> None:
+        # Both keep the order in the same way, so that this takes no time however many blocks there are.
+        vars(self).update(vars(other))
 
     def __len__(self) -> int:
         return len(self._order) + len(self._aside) + len(self._back)

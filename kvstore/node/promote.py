@@ -5,11 +5,13 @@ running, and the next one finds the block.
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from kvstore.node.accounts import Account, Together
 from kvstore.node.arena import ROOM, Arena
 from kvstore.node.blocks import Block, Shelf, State
 from kvstore.node.lower import Lower
@@ -34,7 +36,7 @@ class _Load:
 class Promoter:
     """Loads into an arena from the tiers below it, fastest first.
 
-    `promoted` is told of what has arrived, `wanted` of how many bytes found no room.
+    `promoted` is told of what has arrived, `wanted` of how many bytes found no room, and whose.
     """
 
     def __init__(
@@ -43,33 +45,37 @@ class Promoter:
         lowers: Sequence[Lower],
         *,
         promoted: Callable[[Lower, Sequence[Block]], None],
-        wanted: Callable[[int], None],
+        wanted: Callable[[int, Account], None],
     ) -> None:
         self._arena = arena
         self._lowers = tuple(lowers)
         self._promoted = promoted
         self._wanted = wanted
         self._queues: dict[Lower, deque[list[_Load]]] = {lower: deque() for lower in lowers}
-        self._loading_bytes = 0
-        self._loading_bytes_max = int(arena.tier.capacity_bytes * _LOADING_FRACTION)
+        # Of each tier, so that one which hangs keeps no other from loading.
+        loading_bytes = arena.tier.capacity_bytes * _LOADING_FRACTION
+        self._loading_bytes_max = int(loading_bytes / max(1, len(lowers)))
         self.loading: set[asyncio.Task[None]] = set()
 
     def source(self, shelves: Shelves, key: bytes) -> tuple[Lower, Block] | None:
-        """The fastest tier below that has the block and can be asked for it."""
-        for lower, shelf in zip(self._lowers, shelves[1:], strict=True):
-            block = lower.readable(shelf, key)
-            if block is not None:
-                return lower, block
-        return None
+        """The tier below from which the block is expected first, of those that can be asked for it."""
+        found = [
+            (lower, block)
+            for lower, shelf in zip(self._lowers, shelves[1:], strict=True)
+            if (block := lower.readable(shelf, key)) is not None
+        ]
+        if len(found) < 2:
+            return found[0] if found else None
+        return min(found, key=lambda pair: pair[0].expected_s(pair[1].length))
 
-    def load(self, items: Sequence[tuple[Shelves, bytes]], bytes_max: int) -> None:
+    def load(self, items: Sequence[tuple[Shelves, bytes]], bytes_max: int, leased: Sequence[Block]) -> None:
         """Begin to load what of these is below and not on its way, in their order, as far as there is room.
 
-        Only as many of the items count as have `bytes_max` together; what of those is in the arena already is
-        not evicted for the others.
+        Only as many of the items count as have `bytes_max` together, and keep their salts' quotas beside what
+        is `leased`; what of those is in the arena already is not evicted for the others.
         """
         arena, directory = self._arena, self._arena.directory
-        kept, sources = self._within(items, bytes_max)
+        kept, sources = self._within(items, bytes_max, Together(leased))
         directory.pin(kept)
         arena.room.begin()
         calls: dict[Lower, list[_Load]] = {}
@@ -77,13 +83,16 @@ class Promoter:
             if source.key in shelf.pending:  # asked for twice
                 continue
             lower.directory.requested([source])
-            if not self._may_load(source.length):
+            if not self._may_load(lower, source.length):
                 break
             load = self._begin(lower, source, shelf)
             if load is None:
-                self._wanted(source.length)
+                self._wanted(source.length, shelf.account)
                 break
             lower.counters.hit_blocks += 1
+            for other in self._lowers:
+                if other is not lower:
+                    other.pace.passed_over()
             calls.setdefault(lower, []).append(load)
         directory.unpin(kept)
         arena.settle()
@@ -116,7 +125,7 @@ class Promoter:
         self._arena.waiting.wake(block)
 
     def _within(
-        self, items: Sequence[tuple[Shelves, bytes]], bytes_max: int
+        self, items: Sequence[tuple[Shelves, bytes]], bytes_max: int, together: Together
     ) -> tuple[list[Block], list[tuple[Lower, Block, Shelf]]]:
         """What of the leading items is in the arena, and what is below; of no more than `bytes_max`."""
         kept: list[Block] = []
@@ -128,7 +137,9 @@ class Promoter:
             if block is None and key not in arena.pending:
                 found = self.source(shelves, key)
             there = block or (found[1] if found is not None else arena.pending.get(key))
-            bytes_max -= 0 if there is None else there.length
+            if there is None or not together.fits(arena.account, there.length):
+                continue
+            bytes_max -= there.length
             if bytes_max < 0:
                 break
             if block is not None:
@@ -137,11 +148,11 @@ class Promoter:
                 sources.append((*found, arena))
         return kept, sources
 
-    def _may_load(self, length: int) -> bool:
-        return self._loading_bytes == 0 or self._loading_bytes + length <= self._loading_bytes_max
+    def _may_load(self, lower: Lower, length: int) -> bool:
+        return lower.loading_bytes == 0 or lower.loading_bytes + length <= self._loading_bytes_max
 
     def _begin(self, lower: Lower, source: Block, shelf: Shelf) -> _Load | None:
-        slot = self._arena.room.take(source.length)
+        slot = self._arena.room.take(source.length, shelf.account)
         if slot is None:
             return None
         directory = self._arena.directory
@@ -150,7 +161,7 @@ class Promoter:
         slot.owner = block
         directory.hold([block])
         lower.directory.pin([source])
-        self._loading_bytes += source.length
+        lower.loading_bytes += source.length
         transfer = Transfer(
             shelf.namespace,
             source.key,
@@ -182,7 +193,11 @@ class Promoter:
                     self.give_up(load.block)
 
         operation = lower.tier.read([load.transfer for load in loads])
+        started = time.monotonic()
         well = await lower.attempt(operation, lower.reads, late)
+        if well:
+            read_bytes = sum([load.source.length for load in loads])
+            lower.pace.observe(read_bytes, time.monotonic() - started, lower.reading)
         lower.reading -= 1
         self._end(lower, loads, well=well)
         lower.call_ended()
@@ -191,7 +206,7 @@ class Promoter:
         """What was read can be read by all, or those who wait for it are told that it is not there."""
         lower.unpin([load.source for load in loads])
         lower.calls -= 1
-        arrived = [load.block for load in loads if self._ended(load, well=well)]
+        arrived = [load.block for load in loads if self._ended(lower, load, well=well)]
         if arrived:
             self._arena.directory.requested(arrived)
             self._arena.announce_sealed(arrived)
@@ -200,18 +215,20 @@ class Promoter:
         if well:
             damaged = [load.source for load in loads if load.transfer.damaged]
             lower.damaged([source for source in damaged if source.state is State.SEALED])
+            missing = [load.source for load in loads if load.transfer.missing]
+            lower.missing([source for source in missing if source.state is State.SEALED])
         # Readers first: what they have waited for is not to leave again before they have it.
         for load in loads:
             self._arena.waiting.wake(load.block)
         self._arena.waiting.wake(ROOM)
         self._promoted(lower, arrived)
 
-    def _ended(self, load: _Load, *, well: bool) -> bool:
+    def _ended(self, lower: Lower, load: _Load, *, well: bool) -> bool:
         """End one load's copy; whether its block can be read now."""
         directory, block = self._arena.directory, load.block
-        self._loading_bytes -= block.length
+        lower.loading_bytes -= block.length
         slot = directory.let_go(block)
-        if slot is None and well and not load.transfer.damaged:
+        if slot is None and well and load.transfer.arrived:
             if directory.finish(block, load.generation):
                 block.checksum = load.transfer.checksum
                 return True

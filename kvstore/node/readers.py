@@ -1,6 +1,7 @@
 """The reader's verbs: acquire, release, questions. Synchronous; what waits is in `kvstore.node.patience`."""
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from itertools import takewhile
 from operator import truth
@@ -44,7 +45,7 @@ class Readers:
         lease = self.acquire_nothing(keys)
         self.extend(holder, shelf, lease, keys)
         self.looked(len(lease.blocks), len(keys))
-        self.count_hits(lease, keys)
+        self.count_hits(shelf, lease, keys)
         return lease
 
     def acquire_nothing(self, keys: Sequence[bytes]) -> ReadLease:
@@ -70,11 +71,14 @@ class Readers:
         self._arena.counters.hit_blocks += hits
         self._arena.counters.missed_blocks += asked - hits
 
-    def count_hits(self, lease: ReadLease, keys: Sequence[bytes]) -> None:
+    def count_hits(self, shelf: Shelf, lease: ReadLease, keys: Sequence[bytes]) -> None:
         """Count what an acquire of the keys has found."""
-        self._counters.hit_blocks += len(lease.blocks)
-        self._counters.missed_blocks += len(keys) - len(lease.blocks)
-        self._movements.missed(len(keys) - len(lease.blocks))
+        hits, missed = len(lease.blocks), len(keys) - len(lease.blocks)
+        self._counters.hit_blocks += hits
+        self._counters.missed_blocks += missed
+        shelf.account.hit_blocks += hits
+        shelf.account.missed_blocks += missed
+        self._movements.missed(missed)
 
     def acquire_each(self, holder: Holder, items: Sequence[tuple[Shelves, bytes]]) -> tuple[ReadLease, bytes]:
         """Pin every item that is here; holes are allowed. The lease, and one byte an item: here or not."""
@@ -114,6 +118,11 @@ class Readers:
         self._counters.hit_blocks += len(here)
         self._counters.missed_blocks += len(items) - len(here)
         self._movements.missed(len(items) - len(here))
+        for account, asked in Counter([shelves[0].account for shelves, _ in items]).items():
+            account.missed_blocks += asked
+        for account, hits in Counter([block.shelf.account for block in lease.blocks]).items():
+            account.hit_blocks += hits
+            account.missed_blocks -= hits
         return lease, bytes(found)
 
     def limit(self, lease: ReadLease) -> None:

@@ -9,13 +9,16 @@ It decides and changes the directory and the tier; it runs on the event loop, so
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final, cast
 
-from kvstore.node.blocks import Block, evictable, idle
+from kvstore.node.accounts import Account
+from kvstore.node.blocks import Block, evictable
 from kvstore.node.directory import TierDirectory
+from kvstore.node.policy import Policy
+from kvstore.node.window import Condemned, Window
 from tiers.base import Slot, SlotTier, Space
 
 # Moved by one request at most, copied on the event loop: 8 MiB take about 1.2 ms.
@@ -45,7 +48,8 @@ class Room:
     `evicted` collects the blocks that have left since `begin`; the caller announces them before it tells
     anyone of the slots. `debug` poisons freed slots and uses them again as late as it can, so that whoever
     reads after release or writes after commit is found; `late_bytes` are in the slots that it holds back.
-    `memory` is the space again where its bytes can be moved and poisoned.
+    `memory` is the space again where its bytes can be moved and poisoned. `limit_bytes` may be set to less
+    than the space has: then blocks leave although memory is free.
     """
 
     def __init__(
@@ -57,7 +61,8 @@ class Room:
         self._debug = debug
         self._late: deque[Slot] = deque()  # freed slots that debug holds back
         self.late_bytes = 0
-        self._populated = memory is None
+        self.limit_bytes = space.capacity_bytes
+        self._unready_bytes = 0 if memory is None else space.capacity_bytes
         self.evicted: list[Block] = []
         self._move_bytes_left = self._steps_left = 0
         self._evicted_blocks = self._evicted_bytes = self._moved_blocks = self._moved_bytes = 0
@@ -68,11 +73,14 @@ class Room:
         self._move_bytes_left = MOVE_BYTES_MAX
         self._steps_left = _STEPS_MAX
 
-    def take(self, length: int) -> Slot | None:
+    def take(self, length: int, account: Account | None = None) -> Slot | None:
         """A slot of `length` bytes, owned by this room until the caller says otherwise; None without room.
 
         While the tier's memory is still being populated nobody has to leave: a little later there is room.
+        A block of an `account` at its quota makes room among those of its own salt first.
         """
+        if account is not None and not self._within_quota(account, length):
+            return None
         slot = self._take(length)
         while slot is None and self._late:
             # A few tries, not one for each small slot: the arena may be full of them.
@@ -94,11 +102,40 @@ class Room:
         while self.late_bytes > self._space.capacity_bytes // 8:
             self._free_oldest()
 
+    def shed(self, blocks_max: int) -> None:
+        """Evict about so many blocks of salts that are above their quotas, coldest first."""
+        accounts = self._directory.accounts
+        accounts.enter(blocks_max)
+        for account in list(accounts.over):
+            while account.excess_bytes() and blocks_max > 0:
+                blocks_max -= 1
+                if not self._evict_own(account, 1):
+                    break
+            if not account.excess_bytes(account.wanted_bytes):
+                del accounts.over[account]
+
     def grow(self, ready_bytes: int) -> None:
         """The memory is populated up to here."""
         assert self._memory is not None
         self._memory.grow(ready_bytes)
-        self._populated = ready_bytes == self._memory.capacity_bytes
+        self._unready_bytes = self._memory.capacity_bytes - ready_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of slots that are not free; what debug holds back counts as free."""
+        return self._space.capacity_bytes - self._unready_bytes - self._space.free_bytes - self.late_bytes
+
+    def shrink(self, blocks_max: int) -> bool:
+        """Evict about so many blocks of what is used beyond the limit, coldest first; whether any left.
+
+        It is a request of its own: what left is to be announced.
+        """
+        self.begin()
+        while blocks_max > 0 and self.used_bytes > self.limit_bytes:
+            blocks_max -= 1
+            if not self._evict_of(self._directory.policy, 1):
+                break
+        return bool(self.evicted)
 
     def statistics(self) -> RoomStatistics:
         """Totals since start."""
@@ -107,10 +144,12 @@ class Room:
         )
 
     def _take(self, length: int) -> Slot | None:
-        slot = self._space.take(length, self)
-        if slot is not None or not self._populated:
-            return slot
         wanted = self._space.slot_length(length)
+        if self.limit_bytes < self._space.capacity_bytes and not self._within_limit(wanted):
+            return None
+        slot = self._space.take(length, self)
+        if slot is not None or self._unready_bytes:
+            return slot
         worth = max(wanted, self._space.capacity_bytes // _MOVE_WHEN_FREE)
         if self._memory is not None and self._space.free_bytes >= worth:
             hole = self._compacted(self._memory, wanted)
@@ -120,24 +159,65 @@ class Room:
         if coldest is not None and coldest.slot.length == wanted:
             return self._evicted(coldest)
         window = self._window(wanted)
-        return None if window is None else self._space.take(length, self, self._emptied(window))
+        if window is None:
+            return None
+        hole = window.slots()[0]
+        return self._space.take(length, self, self._emptied(window.blocks) or hole)
+
+    def _within_limit(self, wanted: int) -> bool:
+        """Whether so many bytes more may be used, for which the coldest blocks leave if need be."""
+        excess_bytes = self.used_bytes + wanted - self.limit_bytes
+        if wanted > self.limit_bytes:
+            return False
+        return excess_bytes <= 0 or self._evict_of(self._directory.policy, excess_bytes)
 
     def _free_oldest(self) -> None:
         slot = self._late.popleft()
         self.late_bytes -= slot.length
         self._space.free(slot)
 
+    # Quotas.
+
+    def _within_quota(self, account: Account, length: int) -> bool:
+        """Whether the salt may have `length` bytes more, for which its coldest blocks leave if need be."""
+        if account.quota_bytes is None:
+            return True
+        excess_bytes = account.excess_bytes(length)
+        if length > account.quota_bytes or (excess_bytes and not self._evict_own(account, excess_bytes)):
+            return False
+        account.wanted_bytes = 0
+        return True
+
+    def _evict_own(self, account: Account, nbytes: int) -> bool:
+        """`_evict_of` a salt's blocks."""
+        assert account.order is not None
+        return self._evict_of(account.order, nbytes)
+
+    def _evict_of(self, order: Policy, nbytes: int) -> bool:
+        """Evict the coldest blocks, `nbytes` or a little more; False, and none, if they cannot leave."""
+        condemned = Condemned()
+        for block in condemned.coldest(cast(Iterator[Block], order.victims(condemned.may_leave))):
+            self._steps_left -= 1
+            condemned.add(block)
+            nbytes -= block.length
+            if nbytes <= 0:
+                self._emptied(list(condemned.order))
+                return True
+            if self._steps_left <= 0:
+                break
+        return False
+
     # Evicting.
 
-    def _window(self, wanted: int) -> "_Window | None":
+    def _window(self, wanted: int) -> Window | None:
         """The window to evict: the one whose youngest block is oldest, where that can be found in time."""
-        condemned = _Condemned()
+        condemned = Condemned()
         for victim in self._directory.policy.victims(condemned.may_leave):
             for block in condemned.with_ancestors(cast(Block, victim)):
                 self._steps_left -= 1
                 first, last, size = condemned.add(block)
                 if size >= wanted:
-                    window = _Window(first)
+                    window = Window(first)
                     window.extend(last)
                     window.blocks.sort(key=condemned.order.__getitem__)
                     window.trim(wanted)
@@ -147,12 +227,12 @@ class Room:
                 break
         return self._nearest_window(wanted)
 
-    def _nearest_window(self, wanted: int) -> "_Window | None":
+    def _nearest_window(self, wanted: int) -> Window | None:
         """The first window around one of the coldest blocks, however young its neighbours."""
         seeds = islice(self._directory.policy.victims(evictable), _SEEDS)
         for block in seeds:
-            window = _Window(cast(Block, block).slot)
-            if window.grow(wanted, _Window.may_evict):
+            window = Window(cast(Block, block).slot)
+            if window.grow(wanted, Window.may_evict):
                 window.trim(wanted)
                 return window
         return None
@@ -160,10 +240,10 @@ class Room:
     def _coldest(self) -> Block | None:
         return cast("Block | None", next(self._directory.policy.victims(evictable), None))
 
-    def _emptied(self, window: "_Window") -> Slot:
-        """Evict the window's blocks, children before parents; the answer is the free slot left."""
-        hole = window.slots()[0]
-        for block in window.blocks:
+    def _emptied(self, blocks: Iterable[Block]) -> Slot | None:
+        """Evict blocks, children before parents; the answer is the free slot that the last has become."""
+        hole = None
+        for block in blocks:
             hole = self._space.free(self._evicted(block))
         return hole
 
@@ -183,7 +263,7 @@ class Room:
     def _compacted(self, memory: SlotTier, wanted: int) -> Slot | None:
         """Join free pieces by moving the blocks between them; None when no cheap enough place is there."""
         for hole in self._space.largest(_SEEDS):
-            window = _Window(hole)
+            window = Window(hole)
             grown = window.grow(wanted, lambda w, b: w.block_bytes + b.slot.length <= self._move_bytes_left)
             self._steps_left -= len(window.blocks)
             if grown:
@@ -193,7 +273,7 @@ class Room:
                 break
         return None
 
-    def _moved_away(self, memory: SlotTier, window: "_Window") -> Slot | None:
+    def _moved_away(self, memory: SlotTier, window: Window) -> Slot | None:
         # Take the window's own free pieces, so that nothing moves into them.
         pieces = [memory.take(s.length, window, s) for s in window.slots() if s.owner is None]
         targets: list[Slot] = []
@@ -218,160 +298,3 @@ class Room:
             assert piece is not None
             joined = memory.free(piece)
         return joined if fits else None
-
-
-class _Window:
-    """A run of neighbouring slots, grown from one: `blocks` are those on it, in the order they entered."""
-
-    __slots__ = ("_children_inside", "_first", "_last", "block_bytes", "blocks", "size")
-
-    def __init__(self, seed: Slot) -> None:
-        self._first = self._last = seed
-        self.size = 0
-        self.block_bytes = 0
-        self.blocks: list[Block] = []
-        self._children_inside: dict[Block, int] = {}
-        self._enter(seed)
-
-    def may_evict(self, block: Block) -> bool:
-        """No resident block outside the window may continue a block that leaves with it, and none be owed."""
-        return block.owed == 0 and block.children == self._children_inside.get(block, 0)
-
-    def grow(self, wanted: int, may_enter: Callable[["_Window", Block], bool]) -> bool:
-        """Extend to either side until `wanted` bytes are inside; False when pins or `may_enter` stop it."""
-        while self.size < wanted:
-            sides = [
-                slot
-                for slot in (self._first.before, self._last.after)
-                if slot is not None and self._passable(slot, may_enter)
-            ]
-            if not sides:
-                return False
-            # Free memory first, for it costs nothing; then what costs less.
-            chosen = min(sides, key=lambda slot: 0 if slot.owner is None else slot.length)
-            if chosen is self._first.before:
-                self._first = chosen
-            else:
-                self._last = chosen
-            self._enter(chosen)
-        return True
-
-    def extend(self, last: Slot) -> None:
-        """Take in all slots up to `last`, which lies after."""
-        while self._last is not last:
-            assert self._last.after is not None
-            self._last = self._last.after
-            self._enter(self._last)
-
-    def trim(self, wanted: int) -> None:
-        """Spare blocks at either end that need not leave, the younger first."""
-        blocks = set(self.blocks)
-        while True:
-            ends = [s for s in {self._first, self._last} if self._dispensable(s, wanted, blocks)]
-            if not ends:
-                break
-            end = max(ends, key=lambda slot: slot.owner.stamp if slot.owner is not None else 0)
-            if end is self._first and end.after is not None:
-                self._first = end.after
-            elif end.before is not None:
-                self._last = end.before
-            self.size -= end.length
-            if end.owner is not None:
-                self.block_bytes -= end.length
-                blocks.remove(end.owner)
-        self.blocks = [block for block in self.blocks if block in blocks]
-
-    def slots(self) -> list[Slot]:
-        """All slots by address."""
-        slots, slot = [self._first], self._first
-        while slot is not self._last and slot.after is not None:
-            slot = slot.after
-            slots.append(slot)
-        return slots
-
-    def _enter(self, slot: Slot) -> None:
-        self.size += slot.length
-        block = slot.owner
-        if block is not None:
-            self.blocks.append(block)
-            self.block_bytes += slot.length
-            if block.parent is not None:
-                inside = self._children_inside
-                inside[block.parent] = inside.get(block.parent, 0) + 1
-
-    def _passable(self, slot: Slot, may_enter: Callable[["_Window", Block], bool]) -> bool:
-        block = slot.owner
-        if block is None:
-            return True
-        # A slot's owner that is no block is somebody who must not be disturbed.
-        return isinstance(block, Block) and idle(block) and may_enter(self, block)
-
-    def _dispensable(self, slot: Slot, wanted: int, blocks: set[Block]) -> bool:
-        block = slot.owner
-        # A block cannot stay whose parent leaves.
-        return self.size - slot.length >= wanted and (block is None or block.parent not in blocks)
-
-
-class _Condemned:
-    """Blocks in the order in which the policy gives them up, joined into runs of neighbours as they come.
-
-    The first run that is long enough is the best there is: any other would need a younger block.
-    """
-
-    def __init__(self) -> None:
-        self.order: dict[Block, int] = {}
-        self._children: dict[Block, int] = {}
-        # The far end and the size of each run, by its end.
-        self._from_first: dict[Slot, tuple[Slot, int]] = {}
-        self._from_last: dict[Slot, tuple[Slot, int]] = {}
-
-    def may_leave(self, block: Block) -> bool:
-        """As `evictable`, were all that is condemned gone."""
-        return idle(block) and block.owed == 0 and block.children == self._children.get(block, 0)
-
-    def with_ancestors(self, block: Block) -> Iterator[Block]:
-        """The block, and after it those that the policy gave up before it and only it has kept."""
-        next_one: Block | None = block
-        while next_one is not None and next_one not in self.order:
-            yield next_one  # and is condemned
-            parent = next_one.parent
-            passed_over = parent is not None and parent.stamp < next_one.stamp and self.may_leave(parent)
-            next_one = parent if passed_over else None
-
-    def add_descendants(self, blocks: list[Block]) -> None:
-        """Put in front of `blocks` those that continue them and lie elsewhere: they cannot stay alone."""
-        leaving = set(blocks)
-        elsewhere = []
-        for block in reversed(self.order):
-            if block.parent in leaving and block not in leaving:
-                leaving.add(block)
-                elsewhere.append(block)
-        blocks[:0] = reversed(elsewhere)
-
-    def add(self, block: Block) -> tuple[Slot, Slot, int]:
-        """Condemn a block; first slot, last slot and size of the run that it is in now."""
-        self.order[block] = len(self.order)
-        if block.parent is not None:
-            self._children[block.parent] = self._children.get(block.parent, 0) + 1
-        first = last = block.slot
-        size = first.length
-        while (slot := first.before) is not None:
-            # Runs before free slots: a run may end with one, which must not count twice.
-            if slot in self._from_last:
-                first, more = self._from_last[slot]
-                size += more
-            elif slot.owner is None:
-                first, size = slot, size + slot.length
-            else:
-                break
-        while (slot := last.after) is not None:
-            if slot in self._from_first:
-                last, more = self._from_first[slot]
-                size += more
-            elif slot.owner is None:
-                last, size = slot, size + slot.length
-            else:
-                break
-        self._from_first[first] = last, size
-        self._from_last[last] = first, size
-        return first, last, size

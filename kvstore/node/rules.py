@@ -8,13 +8,15 @@ class Rules:
     """How blocks come into a tier and leave it.
 
     They are written behind every commit, or with `on_eviction` when the arena's use passes `high_watermark`,
-    until it is below `low_watermark`, coldest first; only those that were hit `admit_hits` times or more. An
-    `exclusive` tier gives a block up once it has been promoted. A call that takes longer than `timeout_s` is
-    late; `jobs` are under way at once.
+    until it is below `low_watermark`, coldest first; only those that were hit `admit_hits` times or more.
+    Unless they are `owed`, blocks may leave the arena before they are written, and are then written no more.
+    An `exclusive` tier gives a block up once it has been promoted. A call that takes longer than `timeout_s`
+    is late; `jobs` are under way at once.
     """
 
     on_eviction: bool = False
     exclusive: bool = False
+    owed: bool = True
     admit_hits: int = 0
     high_watermark: float = 0.95
     low_watermark: float = 0.90

@@ -102,6 +102,12 @@ class Server:
         self._servers.append(server)
         return int(server.sockets[0].getsockname()[1])
 
+    def set_limits(self, limits: Limits) -> None:
+        """Have these limits from now on, for clients that are connected too; nothing is taken from them."""
+        self._limits = limits
+        for session in self._sessions:
+            session.holder.pinned_bytes_max, session.holder.reserved_bytes_max = self._allowed()
+
     def start(self) -> None:
         """Begin to watch over connections and over the event loop itself."""
         self._tick = asyncio.get_running_loop().call_later(_TICK_S, self._watch, time.monotonic() + _TICK_S)
@@ -166,7 +172,12 @@ class Server:
             bytes_sent=self._bytes_sent + sum(c.bytes_sent for c in connections),
             tiers=self.store.statistics(),
             counters=self.store.counters,
+            salts=self.store.salts.statistics(),
+            draining=self.store.drain.under_way,
         )
+
+    def open_writes(self) -> int:
+        return sum(len(session.holder.writes) for session in self._sessions)
 
     def check(self) -> list[str]:
         holders = [session.holder for session in self._sessions]
@@ -181,11 +192,11 @@ class Server:
             if maps:
                 with connection.socket as sock:
                     pid, pidfd = peer_pidfd(sock)
-            capacity = self.store.arena.tier.capacity_bytes
+            pinned_bytes_max, reserved_bytes_max = self._allowed()
             holder = Holder(
                 name=f"client {self._names} (pid {pid})" if maps else f"client {self._names} (tcp)",
-                pinned_bytes_max=int(capacity * self._limits.client_pinned_fraction),
-                reserved_bytes_max=int(capacity * self._limits.client_reserved_fraction),
+                pinned_bytes_max=pinned_bytes_max,
+                reserved_bytes_max=reserved_bytes_max,
                 maps=maps,
             )
             session = Session(self, connection, holder)
@@ -201,6 +212,12 @@ class Server:
 
         return lambda: Connection(accepted)
 
+    def _allowed(self) -> tuple[int, int]:
+        """Bytes that a client may have pinned, and reserved."""
+        usable = self.store.arena.room.limit_bytes
+        fractions = self._limits.client_pinned_fraction, self._limits.client_reserved_fraction
+        return int(usable * fractions[0]), int(usable * fractions[1])
+
     def _watch(self, expected: float) -> None:
         now, cpu_s = time.monotonic(), time.thread_time()
         late_s = now - expected
@@ -210,6 +227,8 @@ class Server:
         if now >= self._next_sweep:
             self._next_sweep = now + FRAME_TIMEOUT_S / 10
             self.store.sample()
+            self.store.salts.keep_quotas()
+            self.store.movements.trim()
             for session, (connection, _) in list(self._sessions.items()):
                 connection.expire(FRAME_TIMEOUT_S, welcomed=session.welcomed)
         self._tick = asyncio.get_running_loop().call_later(_TICK_S, self._watch, time.monotonic() + _TICK_S)

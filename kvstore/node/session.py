@@ -13,15 +13,15 @@ from typing import Any, Final
 
 from kvstore import packing, protocol
 from kvstore.errors import InvalidRequest, KVStoreError, LeaseError, ProtocolError
-from kvstore.node import listing, patience
+from kvstore.node import patience
 from kvstore.node.connection import Connection, discarding
 from kvstore.node.greeting import Greeting
 from kvstore.node.handles import Handles
 from kvstore.node.host import Host
 from kvstore.node.lease import Grant, Holder, ReadLease
 from kvstore.node.promote import Shelves
-from kvstore.node.verification import Verification
-from kvstore.protocol import BODY_BYTES_MAX, HELLO_BYTES_MAX, LIST_PAGE_MAX, frame
+from kvstore.node.questions import Questions, Verb
+from kvstore.protocol import BODY_BYTES_MAX, HELLO_BYTES_MAX, frame
 from tiers.base import Slot
 
 logger = logging.getLogger(__name__)
@@ -45,12 +45,11 @@ class Session:
         self._earlier: list[Holder] = []  # what this client holds of connections it lost
         # Whoever may open the socket needs no token.
         self._greeting = Greeting(None if holder.maps else host.token, holder.name)
-        self._listings = listing.Listings()
-        self._verifications: dict[int, Verification] = {}  # by tier
         self._handles = Handles(self._store.directory)
         self._tasks: set[asyncio.Task[None]] = set()
         self._committing: tuple[int, protocol.Commit, KVStoreError | None] | None = None
-        self._verbs: dict[type, Callable[[int, Any], protocol.Answer | None]] = {
+        questions = Questions(host, self._handles, self._answer_later)
+        self._verbs: dict[type, Verb] = {
             protocol.OpenNamespaces: self._open_namespaces,
             protocol.OpenArena: self._open_arena,
             protocol.Reserve: self._reserve,
@@ -60,15 +59,10 @@ class Session:
             protocol.Acquire: self._acquire,
             protocol.AcquireEach: self._acquire_each,
             protocol.Release: self._release,
-            protocol.HitLengthOf: self._hit_length,
-            protocol.HitEach: self._hit_each,
             protocol.Remove: self._remove,
-            protocol.ListKeys: self._list,
-            protocol.ListNamespaces: self._list_namespaces,
-            protocol.GetStatistics: lambda _, __: protocol.Statistics(host.statistics()),
-            protocol.Check: lambda _, __: protocol.Report(host.check()),
-            protocol.Verify: self._verify,
+            protocol.Drain: self._drain,
             protocol.Goodbye: self._goodbye,
+            **questions.verbs(),
         }
 
     @property
@@ -292,15 +286,6 @@ class Session:
             raise LeaseError(f"read lease {missing} is not held by this connection; it may have ended")
         return protocol.Done()
 
-    def _hit_length(self, _: int, request: protocol.HitLengthOf) -> protocol.Answer:
-        keys = packing.unpack_keys(request.keys)
-        hits = self._store.readers.hit_length(self._handles.shelves(request.namespace), keys)
-        return protocol.Hits(hits.gpu, hits.dram, hits.nvme, hits.remote)
-
-    def _hit_each(self, _: int, request: protocol.HitEach) -> protocol.Answer:
-        lengths = self._store.readers.length_each(self._handles.items(request.namespaces, request.keys))
-        return protocol.Found(bytes(map(bool, lengths)), [length for length in lengths if length])
-
     def _remove(self, request_id: int, request: protocol.Remove) -> protocol.Answer | None:
         keys = packing.unpack_keys(request.keys)
         count, lasting = self._store.remove(self._handles.shelves(request.namespace), keys)
@@ -321,32 +306,17 @@ class Session:
             raise
         return None
 
-    def _list(self, _: int, request: protocol.ListKeys) -> protocol.Answer:
-        shelves = self._handles.shelves(request.namespace)
-        limit = min(request.limit, LIST_PAGE_MAX) if request.limit > 0 else LIST_PAGE_MAX
-        blocks, cursor = self._listings.page(shelves, request.after, limit)
-        keys = packing.pack_keys([block.key for block in blocks]) if blocks else protocol.Keys(b"", [])
-        return protocol.Page(keys, [block.length for block in blocks], cursor)
+    def _drain(self, request_id: int, request: protocol.Drain) -> None:
+        wait_s, drain = packing.check_wait(request.wait_s), self._store.drain
+        (drain.cancel if request.cancel else drain.begin)()
 
-    def _list_namespaces(self, _: int, request: protocol.ListNamespaces) -> protocol.Answer:
-        page, after = listing.namespaces(self._store.directory, request.after, LIST_PAGE_MAX)
-        return protocol.NamespacePage(
-            [shelves[0].namespace for shelves in page],
-            [listing.most_in_a_medium(shelves, lambda shelf: len(shelf.sealed)) for shelves in page],
-            [listing.most_in_a_medium(shelves, lambda shelf: shelf.sealed_bytes) for shelves in page],
-            after,
-        )
+        async def wait() -> protocol.Answer:
+            remains = await drain.wait(self._host.open_writes, wait_s)
+            tiers = len(self._store.movements.lowers)
+            blocks, nbytes, leases = remains.blocks, remains.block_bytes, remains.leases
+            return protocol.Drained(drain.under_way, tiers, blocks, nbytes, leases)
 
-    def _verify(self, request_id: int, request: protocol.Verify) -> None:
-        lowers = self._store.movements.lowers
-        if not 1 <= request.tier <= len(lowers):
-            raise InvalidRequest(f"tier {request.tier} has no checksums; those of 1 to {len(lowers)} have")
-        if request.after == 0:
-            self._verifications[request.tier] = Verification(lowers[request.tier - 1])
-        verification = self._verifications.get(request.tier)
-        if verification is None or request.after < 0:
-            raise InvalidRequest(f"verify after {request.after}; begin after 0")
-        self._answer_later(request_id, verification.page(request.after))
+        self._answer_later(request_id, wait())
 
     def _goodbye(self, _: int, __: protocol.Goodbye) -> protocol.Answer:
         for task in self._tasks:  # or what is freed now would be granted to them
@@ -388,7 +358,12 @@ class Session:
         missing = next((key for key in keys if key not in arena.sealed), None)
         if missing is None:
             return False
-        return missing in arena.pending or self._store.movements.below(shelves, missing)
+        movements = self._store.movements
+        return (
+            missing in arena.pending
+            or movements.below(shelves, missing)
+            or movements.may_find(shelves, missing)
+        )
 
     def _slots(self, slots: Sequence[Slot], lengths: Sequence[int]) -> protocol.Slots:
         if not self.holder.maps:

@@ -14,11 +14,13 @@ from kvstore.node.ages import Ages
 from kvstore.node.arena import ROOM, Arena
 from kvstore.node.audit import audit, audit_lower
 from kvstore.node.directory import Directory, TierDirectory
+from kvstore.node.drain import Drain
 from kvstore.node.lease import Holder
 from kvstore.node.lower import Lower
 from kvstore.node.movement import Movements
 from kvstore.node.promote import Shelves
 from kvstore.node.readers import Readers
+from kvstore.node.salts import Salts
 from kvstore.node.writers import Writers
 from kvstore.statistics import StoreCounters, TierCounters, TierState
 from tiers.base import Tier
@@ -28,18 +30,22 @@ class Store:
     """One node's blocks.
 
     Leases are numbered from `first_lease`: with the daemon's epoch, no lease of an earlier daemon can be
-    taken for one of this.
+    taken for one of this. `missing_s` is for `Movements`.
     """
 
-    def __init__(self, arena: Arena, lowers: Sequence[Lower], *, first_lease: int = 1) -> None:
+    def __init__(
+        self, arena: Arena, lowers: Sequence[Lower], *, first_lease: int = 1, missing_s: float = 2.0
+    ) -> None:
         self.arena = arena
         self.directory = Directory([arena.directory, *[lower.directory for lower in lowers]])
         self.waiting = arena.waiting
         self.counters = StoreCounters()
-        self.movements = Movements(arena, lowers)
+        self.movements = Movements(arena, lowers, missing_s=missing_s)
         lease_ids = itertools.count(first_lease)
         self.writers = Writers(arena, self.movements, self.counters, lease_ids)
         self.readers = Readers(self.directory, arena, self.movements, self.counters, lease_ids)
+        self.drain = Drain(arena, self.movements)
+        self.salts = Salts(arena, self.movements)
         self._ages = {directory: Ages() for directory in self.directory.tiers}
 
     def remove(self, shelves: Shelves, keys: Iterable[bytes]) -> tuple[int, Coroutine[Any, Any, None] | None]:
@@ -108,7 +114,8 @@ class Store:
         self.counters.moved_blocks, self.counters.moved_bytes = room.moved_blocks, room.moved_bytes
         first = self._state(arena.tier, arena.directory, arena.counters, arena.evicted_stamp)
         # What debug holds back is free.
-        first = replace(first, used_bytes=first.used_bytes - arena.room.late_bytes)
+        used_bytes = first.used_bytes - arena.room.late_bytes
+        first = replace(first, used_bytes=used_bytes, limit_bytes=arena.room.limit_bytes)
         return [first, *[self._lower_state(lower) for lower in self.movements.lowers]]
 
     def check(self, holders: Collection[Holder] = ()) -> list[str]:
@@ -123,9 +130,10 @@ class Store:
     def _lower_state(self, lower: Lower) -> TierState:
         return replace(
             self._state(lower.tier, lower.directory, lower.counters, lower.evicted_stamp),
-            backlog_blocks=len(lower.unwritten) + lower.writing_blocks,
+            backlog_blocks=lower.backlog_blocks,
             backlog_bytes=lower.unwritten_bytes + lower.writing_bytes,
             breaker_open=lower.breaker.open,
+            limit_bytes=lower.room.limit_bytes,
             reads=lower.reads,
             writes=lower.writes,
         )

@@ -54,8 +54,9 @@ class Verification:
             raise TierError(f"tier {lower.name} cannot be read now; the daemon's log says why")
         pairs = zip(blocks, transfers, strict=True)
         damaged = [block for block, transfer in pairs if transfer.damaged and block.state is State.SEALED]
-        if damaged:
-            lower.damaged(damaged)
+        lower.damaged(damaged)
+        pairs = zip(blocks, transfers, strict=True)
+        lower.missing([block for block, t in pairs if t.missing and block.state is State.SEALED])
         after += len(taken)
         names = [f"{block.shelf.namespace} {block.key.hex()}" for block in damaged]
         return Verified(len(taken), names, after if after < len(self._blocks) else 0)

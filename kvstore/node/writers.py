@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 from kvstore.errors import InvalidRequest, LeaseError
+from kvstore.node.accounts import Together
 from kvstore.node.arena import ROOM, Arena
 from kvstore.node.blocks import Block, Shelf, State
 from kvstore.node.lease import Grant, Holder, WriteLease, check_distinct
@@ -130,7 +131,7 @@ class Writers:
         # What is present must not be evicted for what is missing.
         kept = [last] if last is not None and last.state in _READABLE else []
         self._directory.pin(kept)
-        refused = False
+        refused = self._movements.draining
         for index, (shelves, key) in enumerate(items):
             shelf = shelves[0]
             block = shelf.sealed.get(key)
@@ -159,7 +160,10 @@ class Writers:
             holder.writes[lease.id] = lease
         self._counters.reserved_blocks += len(lease.open)
         self._counters.refused_blocks += status.count(_REFUSED)
-        return Grant(lease, bytes(status), slots)
+        hopeless = refused and (
+            self._movements.draining or _beyond_quotas(items, lengths, status, lease.present)
+        )
+        return Grant(lease, bytes(status), slots, hopeless)
 
     def _check_lengths(self, items: Sequence[tuple[Shelves, bytes]], lengths: Sequence[int]) -> None:
         capacity = self._arena.tier.capacity_bytes
@@ -183,9 +187,9 @@ class Writers:
         if holder.reserved_bytes + length > holder.reserved_bytes_max:
             self._counters.limited_requests += 1
             return None
-        slot = self._arena.room.take(length)
+        slot = self._arena.room.take(length, shelf.account)
         if slot is None:
-            self._movements.demoter.want(length)
+            self._movements.demoter.want(length, shelf.account)
             return None
         block = self._directory.add(shelf, key, length, slot, State.RESERVED, parent)
         slot.owner = block
@@ -218,3 +222,18 @@ class Writers:
         for block in blocks:
             holder.reserved_bytes -= block.length
             self._arena.waiting.wake(block)
+
+
+def _beyond_quotas(
+    items: Sequence[tuple[Shelves, bytes]],
+    lengths: Sequence[int],
+    status: bytearray,
+    present: Sequence[Block],
+) -> bool:
+    """Whether some salt may not have so much at a time, with what is here of the same request."""
+    together = Together(present)
+    wanted = zip(items, lengths, status, strict=True)
+    return not all(
+        letter == _PRESENT or together.fits(shelves[0].account, length)
+        for (shelves, _), length, letter in wanted
+    )

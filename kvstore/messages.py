@@ -1,0 +1,350 @@
+"""The messages between client and daemon: their shapes. `kvstore.protocol` frames them, and limits them.
+
+A minor version adds messages, or fields at the end of one.
+"""
+
+from typing import Annotated, Final
+
+import msgspec
+
+from kvstore.block import Namespace
+from kvstore.statistics import NodeStatistics
+
+# Keys of one request; a prompt of 1M tokens is 4,096 blocks of 256. Reserving so many takes some 15 ms, for
+# which the event loop does nothing else.
+KEYS_MAX: Final = 4096
+
+
+class Message(msgspec.Struct, array_like=True):
+    """Base of all messages; they travel as arrays, the tag first."""
+
+
+class Keys(Message):
+    """Keys joined end to end. `widths` is the length of each: one number where all are equal."""
+
+    joined: bytes
+    widths: int | list[int]
+
+
+class Slots(Message):
+    """Where blocks lie: arena, offset and length, each one number where all are equal."""
+
+    arenas: int | list[int]
+    offsets: list[int]
+    lengths: int | list[int]
+
+
+# Requests.
+
+
+class Hello(Message, tag=1):
+    """The first message. `resume` names the sessions this client lost, `held` the leases it still uses."""
+
+    major: int
+    minor: int
+    nonce: bytes
+    name: str = ""
+    resume: list[bytes] = []
+    held: list[int] = []
+
+
+class Proof(Message, tag=2):
+    """The answer to a challenge: that the client knows the token."""
+
+    proof: bytes
+
+
+class OpenArena(Message, tag=3):
+    """Send me the arena's descriptor, read-only or writable. Answered with it as ancillary data."""
+
+    arena: int
+    writable: bool
+
+
+class OpenNamespaces(Message, tag=4):
+    """Name namespaces once, each with its id; `Opened.handles` stand for them on this connection."""
+
+    ids: Annotated[list[bytes], msgspec.Meta(max_length=KEYS_MAX)]
+    namespaces: list[Namespace]
+
+
+class Reserve(Message, tag=5):
+    namespace: int
+    keys: Keys
+    lengths: int | list[int]
+    parent: bytes | None = None
+    tokens: bytes | None = None
+    wait_s: float = 0.0
+
+
+class ReserveEach(Message, tag=19):
+    """Keys of several namespaces, in no order: `namespaces` has a handle for each key."""
+
+    namespaces: list[int]
+    keys: Keys
+    lengths: int | list[int]
+    wait_s: float = 0.0
+
+
+class Commit(Message, tag=6):
+    """Seal all granted keys or those at `indices`. Where no memory is shared, the payload is their bytes."""
+
+    lease: int
+    indices: Annotated[list[int], msgspec.Meta(max_length=KEYS_MAX)] | None = None
+
+
+class Abort(Message, tag=7):
+    lease: int
+
+
+class Acquire(Message, tag=8):
+    namespace: int
+    keys: Keys
+    wait_s: float = 0.0
+
+
+class AcquireEach(Message, tag=9):
+    """Keys of several namespaces: `namespaces` has a handle for each key."""
+
+    namespaces: list[int]
+    keys: Keys
+    wait_s: float = 0.0
+
+
+class Release(Message, tag=10):
+    leases: Annotated[list[int], msgspec.Meta(max_length=KEYS_MAX)]
+
+
+class HitLengthOf(Message, tag=11):
+    namespace: int
+    keys: Keys
+    wait_s: float = 0.0
+
+
+class HitEach(Message, tag=12):
+    namespaces: list[int]
+    keys: Keys
+    wait_s: float = 0.0
+
+
+class Remove(Message, tag=13):
+    """Hide blocks now; answered at once unless it is to be `lasting`, when it is."""
+
+    namespace: int
+    keys: Keys
+    lasting: bool = True
+
+
+class ListKeys(Message, tag=14):
+    """A page of at most `limit` keys; 0 for as many as a page may have."""
+
+    namespace: int
+    after: int = 0
+    limit: int = 0
+
+
+class GetStatistics(Message, tag=15):
+    pass
+
+
+class Check(Message, tag=16):
+    pass
+
+
+class Verify(Message, tag=17):
+    """Compare some blocks of a tier (by its place in the statistics) with their checksums; begin after 0."""
+
+    tier: int
+    after: int
+
+
+class ListNamespaces(Message, tag=18):
+    """A page of the namespaces that have blocks, in the order of their ids, behind the id `after`."""
+
+    after: bytes = b""
+
+
+class Drain(Message, tag=21):
+    """Take nothing new and write what is in the arena below; since 2.1. Answered when that is done, or late.
+
+    To `cancel` is to go on as before. Draining goes on when the client or its patience has gone.
+    """
+
+    wait_s: float = 0.0
+    cancel: bool = False
+
+
+class Goodbye(Message, tag=20):
+    """The client ends all its leases, and those whose answers it did not wait for."""
+
+
+# Answers.
+
+
+class Failure(Message, tag=100):
+    """The request changed nothing. `code` names a child of KVStoreError."""
+
+    code: str
+    text: str
+
+
+class Challenge(Message, tag=101):
+    """Prove that you know the token; `proof` shows that the daemon does."""
+
+    nonce: bytes
+    proof: bytes
+
+
+class Welcome(Message, tag=102):
+    """The connection stands. `session` is a secret, to be given as `Hello.resume` after a loss.
+
+    `arena_bytes` has the size of each arena; it is empty where no memory is shared. A client may pin and
+    reserve so many bytes at once.
+    """
+
+    major: int
+    minor: int
+    node: str
+    epoch: int
+    session: bytes
+    arena_bytes: list[int]
+    pinned_bytes_max: int
+    reserved_bytes_max: int
+    keys_max: int = KEYS_MAX
+
+
+class Opened(Message, tag=103):
+    handles: list[int]
+
+
+class Granted(Message, tag=104):
+    """`status` has a letter a key: g(ranted), p(resent), b(usy), r(efused). No lease is 0."""
+
+    lease: int
+    status: bytes
+    slots: Slots
+
+
+class Acquired(Message, tag=105):
+    """`found` has a byte a key where holes are allowed, else it is empty. No lease is 0.
+
+    Where no memory is shared, the payload is the blocks' bytes and nothing stays pinned.
+    """
+
+    lease: int
+    slots: Slots
+    limited: bool = False
+    found: bytes = b""
+
+
+class Hits(Message, tag=106):
+    gpu: int
+    dram: int
+    nvme: int
+    remote: int
+
+
+class Found(Message, tag=107):
+    """A byte for each item: here or not; and the lengths in bytes of those that are."""
+
+    found: bytes
+    lengths: int | list[int] = []
+
+
+class Count(Message, tag=108):
+    count: int
+
+
+class Page(Message, tag=109):
+    """Keys and lengths of blocks; `after` is for the next page, 0 when this was the last."""
+
+    keys: Keys
+    lengths: list[int]
+    after: int
+
+
+class Statistics(Message, tag=110):
+    statistics: NodeStatistics
+
+
+class Report(Message, tag=111):
+    """What a check found wrong; nothing is well."""
+
+    wrong: list[str]
+
+
+class Done(Message, tag=112):
+    pass
+
+
+class Verified(Message, tag=113):
+    """How many blocks were looked at, which were damaged, and `after` for more; 0 after the last."""
+
+    blocks: int
+    damaged: list[str]
+    after: int
+
+
+class Drained(Message, tag=115):
+    """What remains: blocks of the arena that are not below, and open write leases.
+
+    `tiers` below the arena, where there are none nothing can be written.
+    """
+
+    draining: bool
+    tiers: int
+    blocks: int
+    block_bytes: int
+    leases: int
+
+
+class NamespacePage(Message, tag=114):
+    """Namespaces, with their blocks and bytes in the medium that has most; `after` is for the next page."""
+
+    namespaces: list[Namespace]
+    blocks: list[int]
+    block_bytes: list[int]
+    after: bytes
+
+
+Request = (
+    Hello
+    | Proof
+    | OpenArena
+    | OpenNamespaces
+    | Reserve
+    | ReserveEach
+    | Commit
+    | Abort
+    | Acquire
+    | AcquireEach
+    | Release
+    | HitLengthOf
+    | HitEach
+    | Remove
+    | ListKeys
+    | GetStatistics
+    | Check
+    | Verify
+    | ListNamespaces
+    | Drain
+    | Goodbye
+)
+Answer = (
+    Failure
+    | Challenge
+    | Welcome
+    | Opened
+    | Granted
+    | Acquired
+    | Hits
+    | Found
+    | Count
+    | Page
+    | Statistics
+    | Report
+    | Done
+    | Verified
+    | Drained
+    | NamespacePage
+)

@@ -1,0 +1,160 @@
+"""The commands of whoever operates a node. They ask a daemon, and print; they decide nothing."""
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from kvstore.client import StoreClient
+from kvstore.messages import Drained
+from kvstore.options import HERE, Address, AsJson, client, errors
+from kvstore.statistics import Latencies, TierState
+
+app = typer.Typer()
+
+# How often a drain says how far it is.
+_TELL_S = 2.0
+
+
+@app.command()
+def stats(address: Address = HERE, as_json: AsJson = False) -> None:
+    """Show what a daemon has and has done."""
+    with client(address) as store:
+        statistics = asdict(store.statistics())
+    if as_json:
+        print(json.dumps(statistics))
+        return
+    console = Console()
+    tiers, counters = statistics.pop("tiers"), statistics.pop("counters")
+    console.print(_table("node", statistics))
+    for tier in tiers:
+        console.print(_table(f"tier {tier['name']}", _tier_rows(tier)))
+    console.print(_table("since start", counters))
+
+
+def _tier_rows(tier: dict[str, Any]) -> dict[str, Any]:
+    """What a tier has and has done, one row each; of latencies the mean and the 99th percentile's bucket."""
+    rows = {name: value for name, value in tier.items() if name not in ("counters", "reads", "writes")}
+    rows |= tier["counters"]
+    for name in ("reads", "writes"):
+        latencies = Latencies(**tier[name])
+        if latencies.count:
+            rows[f"{name}_mean_s"] = round(latencies.sum_s / latencies.count, 6)
+            rows[f"{name}_p99_s"] = f"<= {latencies.at_most_s(0.99):g}"
+    return rows
+
+
+def _table(title: str, values: dict[str, Any]) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in values.items():
+        number = isinstance(value, int) and not isinstance(value, bool) and name != "epoch"
+        table.add_row(name, f"{value:,}" if number else str(value))
+    return table
+
+
+@app.command()
+def drain(
+    timeout_s: Annotated[float, typer.Option("--timeout", help="seconds to wait; 0 to begin only")] = 60.0,
+    cancel: Annotated[bool, typer.Option("--cancel", help="take new blocks again")] = False,
+    address: Address = HERE,
+) -> None:
+    """Before a daemon stops: take nothing new, and write what only its arena has to the tiers below.
+
+    Readers go on. Exits with 1 when something remains; the daemon then drains on, until it is cancelled.
+    """
+    deadline = time.monotonic() + timeout_s
+    with client(address) as store:
+        if cancel:
+            store.drain(cancel=True)
+            print("takes new blocks again")
+            return
+        told = ""
+        while True:
+            wait_s = min(max(0.0, deadline - time.monotonic()), _TELL_S)
+            now = store.drain(wait_s)
+            done = now.draining and not now.blocks and not now.leases
+            over = done or not now.draining or not now.tiers or time.monotonic() >= deadline
+            if told != (told := _remains(now)) or over:
+                print(told, flush=True)
+            if over:
+                sys.exit(not done)
+
+
+def _remains(now: Drained) -> str:
+    blocks = f"{now.blocks:,} blocks ({now.block_bytes >> 20:,} MiB)"
+    if not now.draining:
+        return f"somebody has cancelled it; {blocks} are in the arena only"
+    if not now.tiers:
+        return f"draining; there is no tier below, so {blocks} will be lost with the daemon"
+    if not now.blocks and not now.leases:
+        return "drained: everything is below"
+    return f"draining; {blocks} are not below yet, {now.leases} writers are not done"
+
+
+@app.command()
+def check(
+    nvme: Annotated[
+        list[Path] | None, typer.Option(help="directory of a tier that no daemon uses, instead of a daemon's")
+    ] = None,
+    address: Address = HERE,
+) -> None:
+    """Let a daemon recount all it has, and verify every checksum. Exits with 1 when something is wrong."""
+    wrong: list[str] = []
+    if nvme:
+        with errors(), _progress() as progress:
+            for path in nvme:
+                wrong += asyncio.run(_check_stopped(path, progress))
+    else:
+        with client(address) as store, _progress() as progress:
+            wrong += store.check()
+            for number, tier in enumerate(store.statistics().tiers[1:], start=1):
+                wrong += _check_live(store, number, tier, progress)
+    for line in wrong:
+        print(line)
+    if wrong:
+        sys.exit(1)
+    print("all is well")
+
+
+def _check_live(store: StoreClient, number: int, tier: TierState, progress: Progress) -> Iterator[str]:
+    task = progress.add_task(tier.name, total=tier.blocks)
+    after = None
+    while after != 0:
+        verified = store.verify(number, after or 0)
+        progress.advance(task, verified.blocks)
+        yield from (f"{tier.name}: {name} is damaged; it was dropped" for name in verified.damaged)
+        after = verified.after
+
+
+async def _check_stopped(path: Path, progress: Progress) -> list[str]:
+    from kvstore.node.verification import verify_stopped
+    from kvstore.serve import stored_tier
+
+    tier = stored_tier(path)
+    wrong: list[str] = []
+    try:
+        task = progress.add_task(str(path), total=None)
+        async for done, total, damaged in verify_stopped(tier):
+            progress.update(task, completed=done, total=total)
+            wrong += [f"{path}: {name} is damaged; a daemon will drop it when it is read" for name in damaged]
+        if tier.found.damaged_records:
+            wrong.append(f"{path}: {tier.found.damaged_records} records were damaged, and are cleared now")
+        return wrong + tier.check()
+    finally:
+        tier.close()
+
+
+def _progress() -> Progress:
+    """A bar for each tier, on standard error; nothing where that is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, disable=not console.is_terminal)

@@ -1,0 +1,97 @@
+"""Which settings are possible, alone and together. An error names the value, the limit and the remedy."""
+
+import ipaddress
+import re
+from pathlib import Path
+
+from kvstore.errors import ConfigError
+from kvstore.knobs import Config, NvmeConfig, RedisConfig, parse_endpoint
+
+
+def validate(config: Config) -> None:
+    """Raise ConfigError for a value that is out of range, or does not go with another."""
+    if config.dram is None:
+        raise ConfigError("no tier is configured; give --dram 4GiB, or [dram] capacity in the file")
+    if config.dram.capacity_bytes and config.dram.policy not in ("lru", "fifo"):
+        raise ConfigError(f"dram.policy is {config.dram.policy!r}; give lru or fifo")
+    low, high = config.dram.low_watermark, config.dram.high_watermark
+    if not 0 < low <= high <= 1:
+        raise ConfigError(
+            f"dram.low_watermark is {low} and dram.high_watermark {high}; give 0 < low <= high <= 1"
+        )
+    if config.nvme is not None:
+        _validate_nvme(config.nvme)
+    if config.redis is not None:
+        _validate_redis(config.redis)
+    _ = config.quotas.dram_bytes, config.quotas.nvme_bytes  # or ConfigError
+    for name in ("client_pinned_fraction", "client_reserved_fraction"):
+        value = getattr(config.limits, name)
+        if not 0 < value <= 1:
+            raise ConfigError(f"limits.{name} is {value}; give more than 0 and at most 1")
+    if config.limits.clients < 1:
+        raise ConfigError(f"limits.clients is {config.limits.clients}; give 1 or more")
+    if not re.fullmatch(r"0?[0-7]{3}", config.socket_mode):
+        raise ConfigError(f"socket_mode is {config.socket_mode!r}; give three octal digits, as 0660")
+    if config.log_level not in ("debug", "info", "warning", "error"):
+        raise ConfigError(f"log_level is {config.log_level!r}; give debug, info, warning or error")
+    if config.log_format not in ("plain", "json"):
+        raise ConfigError(f"log_format is {config.log_format!r}; give plain or json")
+    if bool(config.tls_certificate) != bool(config.tls_key):
+        raise ConfigError("tls_certificate and tls_key go together; give both or none")
+    if not Path(config.socket).name:
+        raise ConfigError(f"socket is {config.socket!r}; give the path of a file")
+    for name, address in (("http", config.http), ("data", config.data)):
+        if address and not _is_loopback(parse_endpoint(address, name)[0]) and config.token is None:
+            raise ConfigError(
+                f"{name} is {address}, which is beyond loopback, and no token is set; give token_file"
+            )
+
+
+def _validate_nvme(nvme: NvmeConfig) -> None:
+    paths = [path.absolute() for path, _ in nvme.places]
+    if not paths:
+        raise ConfigError('nvme.directories is empty; give ["/mnt/nvme0:500GiB"], or leave [nvme] out')
+    if len(set(paths)) != len(paths):
+        raise ConfigError(f"nvme.directories names a directory twice: {', '.join(nvme.directories)}")
+    if nvme.policy not in ("lru", "fifo"):
+        raise ConfigError(f"nvme.policy is {nvme.policy!r}; give lru or fifo")
+    if nvme.write not in ("behind", "on-eviction"):
+        raise ConfigError(f"nvme.write is {nvme.write!r}; give behind or on-eviction")
+    if nvme.exclusive and nvme.write == "behind":
+        raise ConfigError('nvme.exclusive is true, and nvme.write "behind": then write on-eviction')
+    if not 2 <= nvme.threads <= 64:
+        raise ConfigError(f"nvme.threads is {nvme.threads}; give 2 to 64, for readers and writers")
+    if nvme.admit_hits < 0:
+        raise ConfigError(f"nvme.admit_hits is {nvme.admit_hits}; give 0 or more")
+    if not 0.01 <= nvme.timeout_s <= 600:
+        raise ConfigError(f"nvme.timeout_s is {nvme.timeout_s}; give 0.01 to 600 seconds")
+
+
+def _validate_redis(redis: RedisConfig) -> None:
+    if not redis.url:
+        raise ConfigError("redis.url is empty; give redis://host:6379, or leave [redis] out")
+    if redis.write not in ("behind", "owed"):
+        raise ConfigError(f"redis.write is {redis.write!r}; give behind or owed")
+    if bool(redis.tls_certificate) != bool(redis.tls_key):
+        raise ConfigError("redis.tls_certificate and redis.tls_key go together; give both or none")
+    if not 2 <= redis.threads <= 64:
+        raise ConfigError(f"redis.threads is {redis.threads}; give 2 to 64, for readers and writers")
+    if redis.admit_hits < 0:
+        raise ConfigError(f"redis.admit_hits is {redis.admit_hits}; give 0 or more")
+    if not 1024 <= redis.known_blocks <= 1 << 26:
+        raise ConfigError(f"redis.known_blocks is {redis.known_blocks}; give 1024 to {1 << 26}")
+    if redis.ttl_s and not 1 <= redis.ttl_s <= 1e9:
+        raise ConfigError(f"redis.ttl_s is {redis.ttl_s}; give 0 for never, or 1 second or more")
+    if not 0 <= redis.missing_s <= 3600:
+        raise ConfigError(f"redis.missing_s is {redis.missing_s}; give 0 to 3600 seconds")
+    if not 0.01 <= redis.timeout_s <= 600:
+        raise ConfigError(f"redis.timeout_s is {redis.timeout_s}; give 0.01 to 600 seconds")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name may lead anywhere
+        return False
