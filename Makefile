@@ -20,7 +20,7 @@ run: $(VENV)/.daemon
 	@echo "Ctrl-C stops it."
 	$(BIN)/kvstore serve --dram 1GiB
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/tools
 	$(BIN)/python -m pytest
 
 test-engines: $(VENV)/.test $(ENGINES)/.engines
@@ -49,6 +49,17 @@ $(VENV)/.%: pyproject.toml
 	$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed"'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	touch $@
+
+# What tests of deploy/ run and this machine has not, from Debian's packages, which are unpacked here and not installed.
+# Without Debian those tests say what to install.
+$(VENV)/tools: | $(VENV)/.test
+	mkdir -p $@.new
+	cd $@.new && for tool in promtool:prometheus kubectl:kubernetes-client; do \
+		command -v $${tool%:*} >/dev/null && continue; \
+		apt-get download $${tool#*:} || { apt-get update && apt-get download $${tool#*:}; } || continue; \
+		dpkg -x $${tool#*:}_*.deb .; \
+	done
+	mv $@.new $@
 
 # vLLM and LMCache's connector in it, without the daemon: an engine's environment as in production.
 $(ENGINES)/.engines: pyproject.toml $(wildcard tests/engines/requirements*.txt)
