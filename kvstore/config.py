@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -68,6 +69,9 @@ def _knob_lines(section: Any, skip: Sequence[str] = ()) -> Iterator[str]:
         if knob.name in skip:
             continue
         value = getattr(section, knob.name)
+        if isinstance(value, str) and (shown := _PASSWORD.sub(r"\1", value)) != value:
+            value = shown
+            yield "# without its password"
         notes = [" (live)"] if knob.metadata["live"] else []
         if value != knob.default and knob.default not in ("", ()):
             notes.append(f" (default {_literal(knob.default)})")
@@ -86,6 +90,9 @@ def _literal(value: Any) -> str:
         return f"[{', '.join(map(_literal, value))}]"
     return repr(value)
 
+
+# Of a URL, whatever it may contain.
+_PASSWORD: Final = re.compile(r"(?<=://)([^:@/]*):.*(?=@)")
 
 _SECTIONS: Final = {
     "dram": DramConfig,

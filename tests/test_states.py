@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvstore.block import Medium, Namespace
 from kvstore.errors import TierError
 from kvstore.node import patience
+from kvstore.node.accounts import Quotas
 from kvstore.node.blocks import Block
 from kvstore.node.lease import Grant, Holder, ReadLease, WriteLease
 from kvstore.node.rules import Rules
@@ -121,6 +122,7 @@ class States(RuleBasedStateMachine):
         self.removals: list[Removal] = []
         self.gone: list[Holder] = []
         self.verifying: list[asyncio.Task[Any]] = []
+        self.quotas: dict[Medium, Quotas] = {}
         self.stage: Stage | None = None
 
     @property
@@ -148,6 +150,7 @@ class States(RuleBasedStateMachine):
 
     def open(self, stage: Stage) -> None:
         self.stage = stage
+        stage.store.salts.set_quotas(self.quotas)
         stage.hold(maps=True, fraction=0.5)
         stage.hold(maps=False)
         self.shelves = [stage.store.directory.shelves(namespace) for namespace in NAMESPACES]
@@ -427,6 +430,22 @@ class States(RuleBasedStateMachine):
         self.reads = [read for read in self.reads if read.holder is not holder]
         self.writes = [write for write in self.writes if write.holder is not holder]
         self.gone.remove(holder)
+
+    # Quotas.
+
+    @rule(dram=st.sampled_from([None, 750_000]), below=st.sampled_from([None, 750_000]), chance=CHANCE)
+    def set_quotas(self, dram: int | None, below: int | None, chance: int) -> None:
+        if not chance:
+            self.quotas = {
+                Medium.DRAM: Quotas(None, {"a": dram}),
+                Medium.NVME: Quotas(below),
+                Medium.REMOTE: Quotas(below),
+            }
+            self.on.store.salts.set_quotas(self.quotas)
+
+    @rule()
+    def keep_quotas(self) -> None:
+        self.do(self.on.store.salts.keep_quotas)
 
     # The tiers.
 

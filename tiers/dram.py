@@ -52,8 +52,7 @@ class DramTier:
                 f"{name} capacity is {self.capacity_bytes} bytes, {available} are available; lower it"
             )
         self._allocator = Allocator(self.capacity_bytes)
-        self._fd, self.pages = _memory_file(f"kvstore-{name}", self.capacity_bytes)
-        self._map = Mapping(self._fd, self.capacity_bytes, writable=True)
+        self._fd, self._map, self.pages = _memory_file(f"kvstore-{name}", self.capacity_bytes)
         if self.pages == "transparent":
             self._map.advise(mmap.MADV_HUGEPAGE)
         self._stopping = threading.Event()
@@ -151,21 +150,26 @@ class DramTier:
         return [f"{self.name}: {line}" for line in self._allocator.check()]
 
 
-def _memory_file(name: str, size: int) -> tuple[int, str]:
+def _memory_file(name: str, size: int) -> tuple[int, Mapping, str]:
+    """The file, the daemon's own mapping of it, and what pages it has."""
     if _number_in(_RESERVED_HUGE_PAGES) * HUGE_PAGE_BYTES >= size:
+        fd = -1
         try:
             fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_HUGETLB | _MFD_HUGE_2MB)
             os.ftruncate(fd, size)
-            return fd, "reserved"
+            return fd, Mapping(fd, size, writable=True), "reserved"  # which a container may not be allowed
         except OSError:
             logger.warning("reserved huge pages are there but not for us; using others")
+            if fd >= 0:
+                os.close(fd)
     fd = os.memfd_create(name, os.MFD_CLOEXEC)
     os.ftruncate(fd, size)
+    mapping = Mapping(fd, size, writable=True)
     try:
         setting = _SHMEM_HUGE_PAGES.read_text()
     except OSError:
         setting = "[never]"
-    return fd, "small" if "[never]" in setting or "[deny]" in setting else "transparent"
+    return fd, mapping, "small" if "[never]" in setting or "[deny]" in setting else "transparent"
 
 
 def _number_in(path: Path) -> int:

@@ -114,8 +114,11 @@ class Demoter:
 
     # What happens to a tier.
 
-    async def breaker_changed(self, lower: Lower) -> None:
-        """Owe a tier that fails nothing any more, so that the arena goes on; owe it again when it is back."""
+    async def owing_changed(self, lower: Lower) -> None:
+        """Owe a tier that fails nothing any more, so that the arena goes on; owe it again when it is back.
+
+        Likewise where its rules are others now.
+        """
         owed = lower.rules.owed and not lower.breaker.open
         blocks = list(lower.unwritten)
         for start in range(0, len(blocks), _TURN):

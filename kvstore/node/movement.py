@@ -22,7 +22,12 @@ _STOP_S: Final = 5.0
 # Blocks evicted for a lower limit before others have their turn, about 5 us each.
 _TURN: Final = 256
 # How rules differ while draining: everything is written, soon, and stays above too.
-_DRAINING: Final[dict[str, Any]] = {"on_eviction": False, "exclusive": False, "admit_hits": 0}
+_DRAINING: Final[dict[str, Any]] = {
+    "on_eviction": False,
+    "exclusive": False,
+    "admit_hits": 0,
+    "owed": True,
+}
 
 
 class Movements:
@@ -84,7 +89,9 @@ class Movements:
         """Move blocks to and from this tier by other rules from now on."""
         fewer_hits = rules.admit_hits < self._rules[lower].admit_hits
         self._rules[lower] = rules
-        lower.rules = replace(rules, **_DRAINING) if self.draining else rules
+        owed, lower.rules = lower.rules.owed, replace(rules, **_DRAINING) if self.draining else rules
+        if lower.rules.owed != owed:
+            self._spawn(self.demoter.owing_changed(lower))
         if fewer_hits and not self.draining:
             self._spawn(self.demoter.offer())
         self.demoter.pump()
@@ -211,7 +218,7 @@ class Movements:
     def _breaker_changed(self, lower: Lower) -> None:
         if lower.breaker.open:
             self.promoter.give_up_queued(lower)
-        self._spawn(self.demoter.breaker_changed(lower))
+        self._spawn(self.demoter.owing_changed(lower))
         if not lower.breaker.open:
             self._spawn(self.demoter.offer())
 
