@@ -21,8 +21,8 @@ import xxhash
 
 from kvstore.block import Medium, Namespace
 from kvstore.errors import TierError
+from kvstore.node import finder, patience, promote
 from kvstore.node import lower as lower_module
-from kvstore.node import patience
 from kvstore.node import store as store_module
 from kvstore.node.arena import Arena
 from kvstore.node.blocks import Block, State
@@ -76,7 +76,7 @@ def virtual_time() -> Iterator[asyncio.AbstractEventLoop]:
     """A virtual loop, whose clock is also that of the store."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner, ExitStack() as stack:
         clock = SimpleNamespace(monotonic=runner.get_loop().time)
-        for module in (patience, lower_module, store_module):
+        for module in (patience, finder, lower_module, promote, store_module):
             stack.enter_context(patch.object(module, "time", clock))
         yield runner.get_loop()
 
@@ -141,6 +141,10 @@ class Disk:
         self.numbers = itertools.count(1)
         self.sequences = itertools.count(1)
         self.replace()
+
+    def tier(self, name: str, medium: Medium) -> "ScriptedTier":
+        """A tier that is on it."""
+        return ScriptedTier(self, name=name, medium=medium)
 
     def replace(self) -> None:
         """Have another disk in its place, which is empty."""
@@ -541,7 +545,7 @@ class Stage:
         directory = TierDirectory("dram", Medium.DRAM, LRU())
         self.arena = Arena(self.memory, directory, [self.log], debug=debug)
         self.tiers = [
-            ScriptedTier(disk, name=f"tier{number}", medium=medium)
+            disk.tier(f"tier{number}", medium)
             for number, (disk, medium) in enumerate(zip(self.disks, self.media, strict=True))
         ]
         self.lowers = [
