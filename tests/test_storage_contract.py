@@ -1,6 +1,7 @@
 """What every storage tier keeps: bytes that come back whole or not at all, however the last owner ended."""
 
 import asyncio
+import hashlib
 import mmap
 import os
 import random
@@ -8,9 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import Phase, settings
@@ -19,18 +21,62 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvstore.block import Namespace
 from kvstore.errors import ConfigError, TierError
+from tests.redis_servers import Server
 from tiers.base import Slot, StorageTier, Transfer
+from tiers.ledger import ENTRY_BYTES
 from tiers.nvme import NvmeTier
+from tiers.redis import RedisPlace, RedisServers, RedisTier
 
 KIB, MIB = 1 << 10, 1 << 20
 CAPACITY_BYTES = 32 * MIB
 LENGTHS = (1, 4095, 4096, 4097, 64 * KIB, 2 * MIB + 3)
 NAMESPACE = Namespace(model="stored")
 
+# Where the server listens that the Redis tier's tests share with the processes they start.
+REDIS_URL = "KVSTORE_TEST_REDIS"
+
+
+class KnowingRedisTier(RedisTier):
+    """The Redis tier as a tier of one node: it finds what is under its prefix, as if it were its own."""
+
+    async def recover(self) -> list[Transfer]:
+        await super().recover()
+        await self.flush()
+        client: Any = self._servers.client
+        names = list(client.scan_iter(f"{self._blocks._names.prefix}:{{*}}"))
+        keys = [bytes.fromhex(name.decode().split(":")[-1][:-1]) for name in names]
+        found = await self.find([(NAMESPACE, key) for key in keys])
+        return [
+            Transfer(
+                NAMESPACE, key, there.length,
+                slot=self.take(there.length, key) or pytest.fail("no room"),
+                checksum=there.checksum, record=there.record,
+            )
+            for key, there in zip(keys, found, strict=True) if there is not None
+        ]  # fmt: skip
+
+
+def redis_tier(folder: Path, capacity_bytes: int) -> KnowingRedisTier:
+    """A tier with the names of one folder, on the server of all of them."""
+    prefix = f"contract-{hashlib.sha256(bytes(folder)).hexdigest()[:16]}"
+    servers = RedisServers(RedisPlace(os.environ[REDIS_URL]))
+    return KnowingRedisTier(servers, prefix=prefix, known_blocks=capacity_bytes // ENTRY_BYTES)
+
+
 # A later tier is one line.
 TIERS: dict[str, Callable[[Path, int], StorageTier]] = {
     "nvme": NvmeTier,
+    "redis": redis_tier,
 }
+# What only a tier keeps that has a place and a space of its own.
+OWNED = ("nvme",)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[None]:
+    with Server() as redis, pytest.MonkeyPatch.context() as environ:
+        environ.setenv(REDIS_URL, redis.unix_url)
+        yield
 
 
 @pytest.fixture(params=TIERS)
@@ -38,19 +84,24 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=OWNED)
+def owned(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 def pattern(key: bytes, length: int) -> bytes:
     return random.Random(key).randbytes(length)
 
 
-def pages(tier: StorageTier, length: int) -> memoryview:
-    return memoryview(mmap.mmap(-1, tier.slot_length(length)))
+def pages(length: int) -> memoryview:
+    return memoryview(mmap.mmap(-1, -(-length // mmap.PAGESIZE) * mmap.PAGESIZE))
 
 
 def block(tier: StorageTier, key: bytes, length: int, namespace: Namespace = NAMESPACE) -> Transfer:
     """A block to be written, in a slot of its own."""
     slot = tier.take(length, key)
     assert slot is not None
-    memory = pages(tier, length)
+    memory = pages(length)
     memory[:length] = pattern(key, length)
     return Transfer(namespace, key, length, slot=slot, memory=memory)
 
@@ -63,17 +114,17 @@ async def read(tier: StorageTier, stored: Sequence[Transfer]) -> list[bytes | No
     """The bytes of blocks, None for a damaged one, by way of memory that held something else."""
     transfers = []
     for transfer in stored:
-        memory = pages(tier, transfer.length)
+        memory = pages(transfer.length)
         memory[:] = b"\xee" * len(memory)
         transfers.append(
             Transfer(
                 transfer.namespace, transfer.key, transfer.length,
-                slot=transfer.slot, memory=memory, checksum=transfer.checksum,
+                slot=transfer.slot, memory=memory, checksum=transfer.checksum, record=transfer.record,
             )
         )  # fmt: skip
     await tier.read(transfers)
     return [
-        None if t.damaged or t.memory is None else bytes(t.memory[: t.length]) for t in transfers
+        None if not t.arrived or t.memory is None else bytes(t.memory[: t.length]) for t in transfers
     ]  # fmt: skip
 
 
@@ -163,14 +214,14 @@ def test_a_checksum_that_is_known_is_kept(kind: str, tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_after_a_restart_all_blocks_are_there_oldest_first(kind: str, tmp_path: Path) -> None:
+def test_after_a_restart_all_blocks_are_there_oldest_first(owned: str, tmp_path: Path) -> None:
     async def scenario() -> None:
-        tier, _ = await opened(kind, tmp_path)
+        tier, _ = await opened(owned, tmp_path)
         stored = blocks(tier, LENGTHS)
         for transfer in stored[::-1]:
             await tier.write([transfer])
         tier.close()
-        again, found = await opened(kind, tmp_path)
+        again, found = await opened(owned, tmp_path)
         assert [(t.namespace, t.key, t.length, t.slot.offset, t.checksum) for t in found] == [
             (NAMESPACE, t.key, t.length, t.slot.offset, t.checksum) for t in stored[::-1]
         ]
@@ -181,7 +232,7 @@ def test_after_a_restart_all_blocks_are_there_oldest_first(kind: str, tmp_path: 
         # What comes later is younger than all of that.
         await again.write(later := blocks(again, [1], "later"))
         again.close()
-        last, found = await opened(kind, tmp_path)
+        last, found = await opened(owned, tmp_path)
         assert [transfer.key for transfer in found] == [t.key for t in stored[::-1]] + [later[0].key]
         last.close()
 
@@ -326,10 +377,10 @@ def test_many_reads_and_writes_at_once_give_the_right_bytes(kind: str, tmp_path:
     asyncio.run(scenario())
 
 
-def test_a_place_has_one_owner(kind: str, tmp_path: Path) -> None:
+def test_a_place_has_one_owner(owned: str, tmp_path: Path) -> None:
     async def scenario() -> None:
-        tier, _ = await opened(kind, tmp_path)
-        other = TIERS[kind](tmp_path, CAPACITY_BYTES)
+        tier, _ = await opened(owned, tmp_path)
+        other = TIERS[owned](tmp_path, CAPACITY_BYTES)
         with pytest.raises(ConfigError, match=rf"is used by process {os.getpid()}; stop it, or give another"):
             await other.recover()
         await tier.write(stored := blocks(tier, [4096]))
@@ -341,16 +392,16 @@ def test_a_place_has_one_owner(kind: str, tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_its_space_is_all_given_out_and_merged_again(kind: str, tmp_path: Path) -> None:
+def test_its_space_is_all_given_out_and_merged_again(owned: str, tmp_path: Path) -> None:
     async def scenario() -> None:
-        tier, _ = await opened(kind, tmp_path)
+        tier, _ = await opened(owned, tmp_path)
         slots: list[Slot] = []
         while (slot := tier.take(MIB - 1, "full")) is not None:
             slots.append(slot)
         assert len(slots) == CAPACITY_BYTES // MIB
         assert (tier.free_bytes, tier.largest(1), tier.statistics().used_bytes) == (0, [], CAPACITY_BYTES)
         # The last byte is written too.
-        memory = pages(tier, MIB)
+        memory = pages(MIB)
         memory[:] = pattern(b"last", MIB)
         last = Transfer(NAMESPACE, b"last", MIB, slot=max(slots, key=lambda slot: slot.offset), memory=memory)
         await tier.write([last])
@@ -370,7 +421,7 @@ def test_its_space_is_all_given_out_and_merged_again(kind: str, tmp_path: Path) 
 def test_a_tier_that_is_not_open_says_so(kind: str, tmp_path: Path) -> None:
     async def scenario() -> None:
         tier = TIERS[kind](tmp_path, CAPACITY_BYTES)
-        assert tier.take(1, "early") is None
+        assert kind not in OWNED or tier.take(1, "early") is None
         assert not await tier.same()
         for call in (tier.write([]), tier.read([]), tier.flush(), tier.probe()):
             with pytest.raises(TierError, match="is not open; recover it first"):
@@ -386,7 +437,7 @@ def test_a_tier_that_is_not_open_says_so(kind: str, tmp_path: Path) -> None:
 class AgainstModel(RuleBasedStateMachine):
     """Random operations; the model is what is stored, and what a restart may bring back until a flush."""
 
-    kind = "nvme"
+    kind: ClassVar[str]
 
     def __init__(self) -> None:
         super().__init__()
@@ -408,7 +459,7 @@ class AgainstModel(RuleBasedStateMachine):
     def write(self, lengths: list[int]) -> None:
         made = []
         for length in lengths:
-            if length <= sum(slot.length for slot in self.tier.largest(1)):
+            if self.tier.slot_length(length) <= self.tier.statistics().largest_free_bytes:
                 self.count += 1
                 made.append(block(self.tier, b"%d" % self.count, length))
         self.runner.run(self.tier.write(made))
@@ -458,13 +509,26 @@ class AgainstModel(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-TestNvmeAgainstModel = AgainstModel.TestCase
-TestNvmeAgainstModel.settings = settings(
-    max_examples=40,
-    stateful_step_count=30,
-    deadline=None,
-    phases=(Phase.explicit, Phase.generate, Phase.shrink),
-)
+class NvmeAgainstModel(AgainstModel):
+    kind = "nvme"
+
+
+class RedisAgainstModel(AgainstModel):
+    kind = "redis"
+
+
+TestNvmeAgainstModel = NvmeAgainstModel.TestCase
+TestRedisAgainstModel = RedisAgainstModel.TestCase
+for _machine, examples in ((TestNvmeAgainstModel, 40), (TestRedisAgainstModel, 20)):
+    _machine.settings = settings(
+        max_examples=examples,
+        stateful_step_count=30,
+        deadline=None,
+        phases=(Phase.explicit, Phase.generate, Phase.shrink),
+    )
+
+
+del _machine  # or it would be collected once more
 
 
 if __name__ == "__main__":

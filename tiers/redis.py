@@ -28,8 +28,6 @@ from tiers.redis_servers import RedisPlace as RedisPlace
 from tiers.redis_servers import RedisServers as RedisServers
 from tiers.resp import ServerError
 
-# Blocks missing in a row before all that is known is in doubt: somebody has flushed it.
-_MISSING_MAX: Final = 16
 _ASKING_THREADS: Final = 2
 
 # What redis-py says of each server that it tried: other words every time, and no new line of the log each.
@@ -84,13 +82,17 @@ class RedisTier:
         self._asking = threads_of(f"{name}-asking", place, _ASKING_THREADS)
         self._writing: dict[asyncio.Future[None], Sequence[Transfer]] = {}
         self._forgotten: list[Header] = []
-        self._missing_in_a_row = 0
+        self._deleting = asyncio.Lock()
 
     # Blocks: see StorageTier and SharedTier.
 
     async def recover(self) -> list[Transfer]:
-        await asyncio.shield(self._asking.start("connecting", self._servers.open))
-        self._missing_in_a_row = 0
+        under_way = self._bulk.running + self._asking.running
+        if under_way:
+            raise TierError(
+                f"{self.name} tier: {under_way} calls are under way at {self._servers}; try later"
+            )
+        await asyncio.shield(self._asking.start("connecting", self._connect))
         self._ledger.clear()
         return []
 
@@ -102,6 +104,8 @@ class RedisTier:
         return [None if h is None else Found(h.length, h.checksum, h) for h in headers]
 
     async def write(self, transfers: Sequence[Transfer]) -> None:
+        if self._forgotten or self._deleting.locked():
+            await self._delete(())  # or their headers would be taken for others' that stand
         job = self._bulk.start(f"writing {len(transfers)} blocks", partial(self._blocks.write, transfers))
         self._writing[job] = transfers
         job.add_done_callback(self._writing.pop)
@@ -110,8 +114,6 @@ class RedisTier:
     async def read(self, transfers: Sequence[Transfer]) -> None:
         work = partial(self._blocks.read, transfers)
         await asyncio.shield(self._bulk.start(f"reading {len(transfers)} blocks", work))
-        for transfer in transfers:
-            self._missing_in_a_row = self._missing_in_a_row + 1 if transfer.missing else 0
 
     def evict(self, records: Sequence[Any]) -> None:
         """Nothing: this node knows them no longer, and Redis keeps them."""
@@ -120,6 +122,7 @@ class RedisTier:
         self._forgotten += [record for record in records if record is not None]
 
     async def flush(self, names: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        self._blocks.check_open()
         # A header that is on its way would come to stand behind this.
         late = [job for job, transfers in self._writing.items() if any(t.dropped for t in transfers)]
         if late:
@@ -129,10 +132,10 @@ class RedisTier:
     async def same(self) -> bool:
         if self._servers.client is None:
             return False
-        await asyncio.shield(self._asking.start("looking", self._servers.ping))
+        same = await asyncio.shield(self._asking.start("looking", self._look))
         with suppress(TierError):  # what cannot be deleted now is tried again: that says nothing of the rest
             await self._delete(())
-        return self._missing_in_a_row < _MISSING_MAX
+        return same
 
     async def probe(self) -> None:
         await asyncio.shield(self._asking.start("writing a little", self._blocks.probe))
@@ -176,15 +179,26 @@ class RedisTier:
     # On the event loop.
 
     async def _delete(self, names: Sequence[tuple[bytes, bytes]]) -> None:
-        forgotten, self._forgotten = self._forgotten, []
-        if not forgotten and not names:
-            return
-        try:
-            work = partial(self._blocks.delete, forgotten, names)
-            await asyncio.shield(self._asking.start("deleting blocks", work))
-        except TierError:
-            self._forgotten += forgotten
-            raise
+        async with self._deleting:
+            forgotten, self._forgotten = self._forgotten, []
+            if not forgotten and not names:
+                return
+            try:
+                work = partial(self._blocks.delete, forgotten, names)
+                await asyncio.shield(self._asking.start("deleting blocks", work))
+            except TierError:
+                self._forgotten += forgotten
+                raise
+
+    # In a thread.
+
+    def _connect(self) -> None:
+        self._servers.open()
+        self._blocks.mark()
+
+    def _look(self) -> bool:
+        self._servers.ping()
+        return self._blocks.marked()
 
     # Helpers.
 

@@ -65,6 +65,11 @@ class RedisBlocks:
         self._ttl_ms = ttl_ms
         self._timeout_s = timeout_s
         self.newer_headers = 0
+        self._name_to_mark: dict[str, bytes] = {}
+
+    def check_open(self) -> None:
+        """Raise TierError where the servers have not been opened."""
+        _ = self._client
 
     # Whole blocks.
 
@@ -213,6 +218,24 @@ class RedisBlocks:
                 pipeline.execute_command("EVAL", _DELETE, len(keys), *keys, encode_header(header))
             pipeline.execute()
 
+    def mark(self) -> None:
+        """Leave a mark on every server, or find that of others, by which to know it again.
+
+        It has no time to live, so that no policy but those for all keys evicts it, and those it is too new for.
+        """
+        names = self._servers.covering(f"{self._names.prefix}:mark")
+        for name in names:
+            if self._client.get(name) is None:
+                self._client.set(name, secrets.token_hex(8), nx=True)
+        self._name_to_mark = {name: self._client.get(name) for name in names}
+
+    def marked(self) -> bool:
+        """Whether all marks are there; where one is not, somebody has flushed or emptied that server."""
+        pipeline = self._client.pipeline(transaction=False)
+        for name in self._name_to_mark:
+            pipeline.get(name)
+        return bool(pipeline.execute() == list(self._name_to_mark.values()))
+
     def probe(self) -> None:
         """Write and read a little on every server."""
         for name in self._servers.covering(f"{self._names.prefix}:probe:{secrets.token_hex(4)}"):
@@ -240,7 +263,7 @@ class RedisBlocks:
     @property
     def _client(self) -> Any:
         if self._servers.client is None:
-            raise TierError(f"{self._tier} tier: {self._servers} is not connected; recover it first")
+            raise TierError(f"{self._tier} tier: {self._servers} is not open; recover it first")
         return self._servers.client
 
     def _name(self, transfer: Transfer) -> str:
@@ -263,7 +286,7 @@ class RedisBlocks:
 
     def _by_server(self, transfers: Sequence[Transfer]) -> Iterator[tuple[Any, list[Transfer]]]:
         """The transfers of each server, with its connections."""
-        _ = self._client
+        self.check_open()
         groups: dict[int, tuple[Any, list[Transfer]]] = {}
         for transfer in transfers:
             pool = self._servers.pool(self._name(transfer))
