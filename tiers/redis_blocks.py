@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 UNFINISHED_S: Final = 60
 # Asked for ahead of the part that is being received; more only fills the server's buffers.
 _AHEAD: Final = 2
+# One line of the log at most in this time for blocks that are not as they should be.
+_SILENCE_S: Final = 60.0
 # Blocks deleted by one round of scripts.
 _DELETED_AT_ONCE: Final = 256
 
@@ -64,6 +66,7 @@ class RedisBlocks:
         self._tier = tier
         self._ttl_ms = ttl_ms
         self._timeout_s = timeout_s
+        self._silent_until = 0.0
         self.newer_headers = 0
         self._name_to_mark: dict[str, bytes] = {}
 
@@ -162,10 +165,11 @@ class RedisBlocks:
             return
         transfer.refused = True
         if other is not None:
-            logger.warning(
-                "%s tier: %s %s is there with other bytes, written by somebody else; a key must name its "
-                "content", self._tier, namespace, transfer.key.hex(),
-            )  # fmt: skip
+            self._warn(
+                "%s %s is there with other bytes, written by somebody else; a key must name its content",
+                namespace,
+                transfer.key.hex(),
+            )
 
     # Where a cluster's slot moves, by redis-py, which follows it.
 
@@ -221,7 +225,7 @@ class RedisBlocks:
     def mark(self) -> None:
         """Leave a mark on every server, or find that of others, by which to know it again.
 
-        It has no time to live, so that no policy but those for all keys evicts it, and those it is too new for.
+        It has no time to live, and is looked at so often that it would be among the last to be evicted.
         """
         names = self._servers.covering(f"{self._names.prefix}:mark")
         for name in names:
@@ -254,11 +258,17 @@ class RedisBlocks:
             return None
         if header is None:
             name = self._names.header(namespace_id, key)
-            logger.warning("%s tier: what stands under %s is no header; it is deleted", self._tier, name)
+            self._warn("what stands under %s is no header; it is deleted", name)
             self._client.eval(_DELETE, 1, name, value)
         return header
 
     # Helpers.
+
+    def _warn(self, text: str, *values: object) -> None:
+        """One line of the log now and then; the counters have them all."""
+        if time.monotonic() >= self._silent_until:
+            self._silent_until = time.monotonic() + _SILENCE_S
+            logger.warning(f"%s tier: {text}", self._tier, *values)
 
     @property
     def _client(self) -> Any:
