@@ -9,13 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from kvstore import operate
+from kvstore import operate, screen
 from kvstore.block import Namespace
 from kvstore.config import as_toml, load
 from kvstore.options import HERE, Address, AsJson, client, errors
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(operate.app)
+app.add_typer(screen.app)
 
 Dram = Annotated[str | None, typer.Option(help="capacity of the arena, as 4GiB")]
 Nvme = Annotated[

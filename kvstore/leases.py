@@ -101,8 +101,8 @@ class Lease:
 class ReadLease(Lease):
     """Pinned blocks: `views` are read-only, for the leading `hit_length` keys.
 
-    `limited` says that this client's pin limit or the quota of a salt, and not absence, ended the hit: release
-    leases first.
+    `limited` says that this client's pin limit or the quota of a salt, and not absence, ended the hit:
+    release leases first.
     """
 
     def __init__(

@@ -77,7 +77,7 @@ class NodeCollector(Collector):
 def _tier_families(tiers: Sequence[TierState]) -> Iterator[Metric]:
     labels = ["tier", "medium"]
     for gauge in fields(TierState):
-        if gauge.name in ("name", "medium", "counters", "reads", "writes"):
+        if gauge.name in ("name", "medium", "failing", "counters", "reads", "writes"):
             continue
         name = gauge.name.removesuffix("_s") + "_seconds" if gauge.name.endswith("_s") else gauge.name
         gauges = GaugeMetricFamily(f"kvstore_tier_{name}", f"{_words(gauge.name)} of a tier", labels=labels)

@@ -17,6 +17,7 @@ from rich.table import Table
 from kvstore.client import StoreClient
 from kvstore.messages import Drained
 from kvstore.options import HERE, Address, AsJson, client, errors
+from kvstore.screen import salts_table
 from kvstore.statistics import Latencies, TierState
 
 app = typer.Typer()
@@ -29,15 +30,17 @@ _TELL_S = 2.0
 def stats(address: Address = HERE, as_json: AsJson = False) -> None:
     """Show what a daemon has and has done."""
     with client(address) as store:
-        statistics = asdict(store.statistics())
+        now = store.statistics()
+    statistics = asdict(now)
     if as_json:
         print(json.dumps(statistics))
         return
     console = Console()
-    tiers, counters = statistics.pop("tiers"), statistics.pop("counters")
+    tiers, counters, _ = statistics.pop("tiers"), statistics.pop("counters"), statistics.pop("salts")
     console.print(_table("node", statistics))
     for tier in tiers:
         console.print(_table(f"tier {tier['name']}", _tier_rows(tier)))
+    console.print(salts_table(now.salts))
     console.print(_table("since start", counters))
 
 

@@ -80,7 +80,7 @@ class Daemon:
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
         app = health_app(
-            self._readiness, exposition(self._server.statistics), self._reload, lambda: self._server.token
+            self.readiness, exposition(self._server.statistics), self._reload, lambda: self._server.token
         )
         http = HttpServer(app)
         http_socket = _listen_http(self._config.http)
@@ -118,7 +118,7 @@ class Daemon:
         if self._failed is not None:
             raise self._failed
 
-    def _readiness(self) -> Readiness:
+    def readiness(self) -> Readiness:
         """Ready is who listens and has memory to give; a tier that fails is only left alone."""
         lowers = self._store.movements.lowers
         if self._stop.is_set():

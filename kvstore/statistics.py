@@ -88,8 +88,8 @@ class TierState:
     """One tier now. `used_bytes` counts slots, `block_bytes` the readable blocks on them.
 
     `limit_bytes` is how much of the capacity may be used, less where that was lowered while the daemon ran.
-    `backlog` is what waits to be written here, `breaker_open` whether the tier fails and is left alone, and
-    `eviction_age_s` how long ago the block that left last had been used.
+    `backlog` is what waits to be written here, `breaker_open` whether the tier fails and is left alone,
+    `failing` why, and `eviction_age_s` how long ago the block that left last had been used.
     """
 
     name: str
@@ -109,6 +109,7 @@ class TierState:
     breaker_open: bool = False
     eviction_age_s: float = 0.0
     limit_bytes: int = 0
+    failing: str = ""
     counters: TierCounters = field(default_factory=TierCounters)
     reads: Latencies = field(default_factory=Latencies)
     writes: Latencies = field(default_factory=Latencies)

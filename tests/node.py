@@ -5,8 +5,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -19,6 +17,7 @@ from typing import Any, Final, Self
 from kvstore import protocol
 from kvstore.block import Namespace
 from kvstore.client import StoreClient
+from tests.forked import Forked
 
 # What a busy machine may add to a deadline.
 SLACK_S: Final = 1.0
@@ -38,28 +37,15 @@ class Node:
         self.folder = Path(self._folder.name)
         self.socket = self.folder / "node.sock"
         self.address = f"unix:{self.socket}"
-        self._command = [
-            sys.executable,
-            "-m",
-            module,
-            "serve",
-            "--dram",
-            dram,
-            "--socket",
-            str(self.socket),
-        ]
-        self._command += ["--http", "127.0.0.1:0", *flags]
+        self._words = [module, "serve", "--dram", dram, "--socket", str(self.socket)]
+        self._words += ["--http", "127.0.0.1:0", *flags]
         self._environ = {**os.environ, **(environ or {})}
         self.start()
 
     def start(self) -> None:
         """Start it, or start it again after `kill`; returns once it is ready and its arena populated."""
-        self._log = (self.folder / "log").open("ab")
-        self.process = subprocess.Popen(
-            self._command, stdout=subprocess.PIPE, stderr=self._log, env=self._environ, text=True
-        )
+        self.process = Forked(self._words, self.folder / "log", self._environ)
         try:
-            assert self.process.stdout is not None
             self.ready_line = self.process.stdout.readline()
             assert "kvstore ready" in self.ready_line, self.log
             with self.client() as store:
@@ -95,8 +81,7 @@ class Node:
 
     def stop(self) -> int:
         """SIGTERM; the exit status."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+        self.process.send_signal(signal.SIGTERM)
         return self._reap()
 
     @contextmanager
@@ -115,14 +100,11 @@ class Node:
 
     def _reap(self) -> int:
         try:
-            return self.process.wait(timeout=20)
+            return self.process.wait(20)
         finally:
-            if self.process.poll() is None:
-                self.process.kill()
-                self.process.wait()
-            assert self.process.stdout is not None
+            self.process.kill()
+            self.process.wait()
             self.process.stdout.close()
-            self._log.close()
 
     def __enter__(self) -> Self:
         return self
@@ -130,7 +112,7 @@ class Node:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._log.closed:
+        if not self.process.stdout.closed:
             self.stop()
         self._folder.cleanup()
 

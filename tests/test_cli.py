@@ -213,3 +213,16 @@ def test_serve_without_a_tier_or_with_an_unknown_key_is_one_line(tmp_path: Path)
     assert Command("serve", "--config", str(config)).failure == (
         "kvstore: unknown configuration key dram.polciy; the nearest known one is dram.policy"
     )
+
+
+def test_config_prints_what_serve_would_have(tmp_path: Path) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text('node = "from-file"\n')
+    flags = ["--config", str(file), "--dram", "4MiB", "--nvme", f"{tmp_path}:1GiB", "--http", "127.0.0.1:1"]
+    printed = Command("config", *flags, environ={"KVSTORE_TOKEN": TOKEN}).text
+    assert 'node = "from-file"\n' in printed
+    assert f'directories = ["{tmp_path}:1GiB"]\n' in printed
+    assert TOKEN not in printed
+    file.write_text(printed)
+    assert Command("config", "--config", str(file)).text == printed
+    assert "no tier is configured" in Command("config").failure

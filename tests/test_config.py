@@ -1,12 +1,25 @@
 """The configuration: sizes and addresses, unknown keys, wrong types, and flags before the file."""
 
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvstore.config import Config, DramConfig, LimitsConfig, default_socket, load, parse_endpoint, parse_size
+from kvstore.config import (
+    Config,
+    DramConfig,
+    LimitsConfig,
+    NvmeConfig,
+    as_toml,
+    default_socket,
+    load,
+    parse_endpoint,
+    parse_size,
+)
 from kvstore.errors import ConfigError
+from kvstore.knobs import QuotasConfig, RedisConfig
 
 DRAM = {"dram": {"capacity": "4MiB"}}
 
@@ -158,6 +171,10 @@ def test_a_flag_beside_a_section_that_is_none_is_the_same_error(tmp_path: Path) 
     [
         ({"dram": {"policy": "mru"}}, "dram.policy is 'mru'; give lru or fifo"),
         ({"limits": {"client_pinned_fraction": 0}}, "limits.client_pinned_fraction is 0.0; give more than 0"),
+        ({"quotas": {"dram": "much"}}, "quotas.dram is 'much'; give bytes as"),
+        ({"quotas": {"nvme_salts": ["a:0"]}}, "quotas.nvme_salts a is '0'; give bytes as"),
+        ({"quotas": {"dram_salts": ["tenant"]}}, "quotas.dram_salts: 'tenant' has no salt; give SALT:BYTES"),
+        ({"quotas": {"dram_salts": ["a:1", "a:"]}}, "quotas.dram_salts: 'a:' names a salt twice; give"),
         ({"limits": {"client_reserved_fraction": 1.1}}, "limits.client_reserved_fraction is 1.1; give more"),
         ({"limits": {"client_pinned_fraction": float("nan")}}, "limits.client_pinned_fraction is nan; give"),
         ({"limits": {"clients": 0}}, "limits.clients is 0; give 1 or more"),
@@ -270,6 +287,53 @@ def test_flags_go_before_the_file_and_the_file_before_defaults(tmp_path: Path) -
     assert config.limits == LimitsConfig(client_pinned_fraction=1.0, clients=7)
     assert config.socket == default_socket()
     assert load(None, DRAM) == Config(dram=DramConfig("4MiB"))
+
+
+FULL = """
+node = "a \\"quoted\\" \\\\ \u00fc \\u0000\\u007f name"
+log_format = "json"
+[dram]
+capacity = 8388608
+low_watermark = 1e-05
+[nvme]
+directories = ["/mnt/a b:1GiB", "/mnt/b:2GiB"]
+exclusive = true
+write = "on-eviction"
+[redis]
+url = "redis://somebody@host:6379/1"
+[quotas]
+dram_salts = ["tenant:1MiB"]
+"""
+
+
+@pytest.mark.parametrize("text", [FULL, "[dram]\n", '[dram]\n[nvme]\ndirectories = ["/mnt:1GiB"]\n'])
+def test_what_is_printed_reads_back_as_the_same_and_says_it_again(tmp_path: Path, text: str) -> None:
+    config = load(written(tmp_path, text), {})
+    printed = as_toml(config)
+    assert load(written(tmp_path, printed), {}) == config
+    assert as_toml(load(written(tmp_path, printed), {})) == printed
+
+
+def test_every_knob_is_printed_with_what_it_is_for_and_whether_it_is_live() -> None:
+    printed = as_toml(load(None, {"dram": {"capacity": "4MiB"}}))
+    assert '(live) (default "1GiB")\ncapacity = "4MiB"\n' in printed
+    assert "\n#[nvme]\n" in printed
+    for section in (Config(), DramConfig(), NvmeConfig(), RedisConfig(), LimitsConfig(), QuotasConfig()):
+        for knob in fields(section):
+            if "doc" in knob.metadata:
+                doc = re.escape(knob.metadata["doc"] + " (live)" * knob.metadata["live"])
+                assert re.search(rf"^# {doc}( \(default .*\))?\n#?{knob.name} = ", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://:s3cr3t@host", "redis://me:s3cr3t@host/1", "redis://me:a/s3cr3t@b@host"]
+)
+def test_no_secret_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("KVSTORE_TOKEN", "s3cr3t")
+    (tmp_path / "token").write_text("s3cr3t")
+    printed = as_toml(load(None, {**DRAM, "token_file": str(tmp_path / "token"), "redis": {"url": url}}))
+    assert "s3cr3t" not in printed
+    assert "host" in printed
 
 
 def test_a_node_without_a_tier_is_an_error_that_says_how_to_get_one(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from kvstore.block import HitLength, Medium, Namespace
 from kvstore.errors import InvalidRequest
 from kvstore.node.blocks import Block, Shelf, State, evictable
 from kvstore.node.directory import Directory, TierDirectory
-from kvstore.node.policy import LRU
+from kvstore.node.policy import FIFO, LRU
 from tests.test_room import PHASES
 
 NAMESPACE = Namespace(model="directory")
@@ -41,6 +41,23 @@ def sealed(shelf: Shelf, key: bytes, parent: Block | None = None) -> Block:
 
 def victims(tier: TierDirectory) -> list[bytes]:
     return [block.key for block in tier.policy.victims(evictable) if isinstance(block, Block)]
+
+
+def test_another_policy_goes_on_with_the_order_and_the_same_one_stays(
+    tier: TierDirectory, shelf: Shelf
+) -> None:
+    first, second = sealed(shelf, b"a"), sealed(shelf, b"b")
+    tier.requested([first])
+    tier.set_policy(FIFO)
+    tier.requested([second, first])
+    assert victims(tier) == [b"b", b"a"]
+    before = tier.policy
+    tier.set_policy(FIFO)
+    assert tier.policy is before
+    tier.set_policy(LRU)
+    tier.requested([second])
+    assert victims(tier) == [b"a", b"b"]
+    assert tier.check() == []
 
 
 # Reserved and loading.

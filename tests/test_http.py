@@ -17,7 +17,9 @@ import pytest
 from kvstore import protocol
 from kvstore.block import Namespace
 from kvstore.client import StoreClient
+from kvstore.config import load
 from kvstore.errors import ProtocolError, Unavailable
+from kvstore.serve import Daemon
 from kvstore.statistics import NodeStatistics, StoreCounters, TierCounters, TierState
 from tests.node import Node, RawConnection, wait_for
 
@@ -58,6 +60,51 @@ def test_health_says_that_it_lives_and_is_ready(node: Node) -> None:
     assert get(node, "/readyz") == (200, "ready\n")
 
 
+def test_a_node_that_starts_or_stops_is_not_ready_and_says_why(tmp_path: Path, namespace: Namespace) -> None:
+    faults = tmp_path / "faults"
+    environ = {"KVSTORE_FAULTS": str(faults)}
+    flags = ("--nvme", f"{tmp_path}/nvme:16MiB")
+    with Node("4MiB", *flags, environ=environ, module="tests.faulty_daemon") as node:
+        url = f"http://{node.endpoint('http')}"
+        with node.client() as store:
+            faults.write_text(" hang\n")
+            store.put(namespace, b"k", b"bytes")  # and is not written
+        node.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: get(node, "/readyz") == (503, "stopping\n"))
+        faults.unlink()
+        assert node.stop() == 0
+    faults.write_text("opening hang\n")
+    config = {"socket": str(tmp_path / "node.sock"), "http": url.removeprefix("http://")}
+    command = [sys.executable, "-m", "tests.faulty_daemon", "serve", "--dram", "4MiB", *flags]
+    command += [word for name, value in config.items() for word in (f"--{name}", value)]
+    with subprocess.Popen(command, env={**os.environ, **environ}, stdout=subprocess.PIPE) as process:
+        wait_for(lambda: readiness(url) == (503, "not listening\ntier nvme is being recovered\n"))
+        faults.unlink()
+        wait_for(lambda: readiness(url) == (200, "ready\n"))
+        process.terminate()
+
+
+def readiness(url: str) -> tuple[int, str]:
+    """As `get` of /readyz, of a daemon that may not answer yet."""
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=10) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+    except urllib.error.URLError:
+        return 0, ""
+
+
+def test_a_node_without_enough_memory_yet_is_not_ready(tmp_path: Path) -> None:
+    config = load(None, {"dram": {"capacity": "4MiB"}, "socket": str(tmp_path / "node.sock")})
+    daemon = Daemon(config, lambda: config)
+    assert daemon.readiness().missing == [
+        "not listening",
+        "the arena is being populated: 0 of 4194304 bytes",
+    ]
+
+
 def test_nothing_else_is_served(node: Node) -> None:
     for path in ("/", "/docs", "/openapi.json", "/metrics/../etc/passwd", "/statistics"):
         assert get(node, path)[0] == 404
@@ -76,7 +123,7 @@ def test_every_statistic_is_a_metric(node: Node, store: StoreClient, namespace: 
         assert samples[name] == getattr(now.counters, counter.name), name
     labels = '{medium="dram",tier="dram"}'
     for gauge in fields(TierState):
-        if gauge.name not in ("name", "medium", "counters", "reads", "writes", "eviction_age_s"):
+        if gauge.name not in ("name", "medium", "failing", "counters", "reads", "writes", "eviction_age_s"):
             name = f"kvstore_tier_{gauge.name}{labels}"
             assert samples[name] == getattr(now.tiers[0], gauge.name), name
     assert f"kvstore_tier_eviction_age_seconds{labels}" in samples
@@ -93,6 +140,23 @@ def test_every_statistic_is_a_metric(node: Node, store: StoreClient, namespace: 
     assert samples["kvstore_removed_blocks_total"] == 1
     assert samples['kvstore_tier_pinned_blocks{medium="dram",tier="dram"}'] == 1
     assert samples['kvstore_tier_capacity_bytes{medium="dram",tier="dram"}'] == 64 << 20
+
+
+def test_salts_are_metrics_by_the_digest_of_their_name(node: Node, store: StoreClient) -> None:
+    tenant = Namespace(model="llama-test", salt="tenant-a")
+    store.put(tenant, b"one", bytes(5000))
+    store.put(Namespace(model="llama-test"), b"one", bytes(3000))
+    assert store.get(tenant, b"one") == bytes(5000)
+    assert store.get(tenant, b"two") is None
+    samples = metrics(node)
+    digest = "4fb21e27e826"  # printf tenant-a | b2sum -l 48
+    for name, value in (("blocks", 1), ("bytes", 5000)):
+        assert samples[f'kvstore_salt_{name}{{medium="dram",salt="{digest}"}}'] == value
+    assert samples['kvstore_salt_bytes{medium="dram",salt="none"}'] == 3000
+    assert samples[f'kvstore_salt_hit_blocks_total{{salt="{digest}"}}'] == 1
+    assert samples[f'kvstore_salt_missed_blocks_total{{salt="{digest}"}}'] == 1
+    assert not any("quota" in name or "tenant" in name for name in samples)
+    assert [salt.salt for salt in store.statistics().salts] == ["tenant-a", ""]
 
 
 def test_a_refused_frame_is_counted(node: Node) -> None:
@@ -242,11 +306,13 @@ def test_more_clients_than_allowed_are_refused_and_the_others_go_on(
     config.write_text("socket_mode = '0600'\n[limits]\nclients = 3\n")
     with Node("64MiB", "--config", str(config)) as node:
         assert node.socket.stat().st_mode & 0o777 == 0o600
-        with node.client() as one, node.client(), node.client():
-            for _ in range(3):
-                with pytest.raises(ProtocolError, match="4 clients; the limit is 3"):
-                    node.client()
-            one.put(namespace, b"k", b"fine")
-        with node.client() as again:
-            assert again.get(namespace, b"k") == b"fine"
+        with node.client() as one:
+            with node.client(), node.client():
+                for _ in range(3):
+                    with pytest.raises(ProtocolError, match="4 clients; the limit is 3"):
+                        node.client()
+                one.put(namespace, b"k", b"fine")
+            wait_for(lambda: one.statistics().connections == 1)
+            with node.client() as again:
+                assert again.get(namespace, b"k") == b"fine"
         node.check()

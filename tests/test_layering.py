@@ -15,11 +15,16 @@ ALLOWED = {
     "kvstore.errors": set(),
     "kvstore.statistics": set(),
     "kvstore.memory": set(),
+    "kvstore.top": {"kvstore.statistics"},
     "kvstore.block": {"kvstore.errors"},
     "kvstore.node.policy": set(),
     "kvstore.node.ages": set(),
     "kvstore.node.breaker": set(),
-    "kvstore.node.blocks": {"kvstore.block", "kvstore.node.accounts", "kvstore.node.directory"},  # types alone
+    "kvstore.node.blocks": {
+        "kvstore.block",
+        "kvstore.node.accounts",
+        "kvstore.node.directory",
+    },  # types alone
     "kvstore.node.accounts": {"kvstore.node.policy"},
     "kvstore.node.directory": {
         "kvstore.block",
@@ -52,8 +57,8 @@ ONLY_IN = {
     "prometheus_client": {"kvstore.metrics"},
     "redis": {"tiers.redis_servers"},
     "torch": set(),
-    "typer": {"kvstore.cli", "kvstore.operate", "kvstore.options"},
-    "rich": {"kvstore.operate"},
+    "typer": {"kvstore.cli", "kvstore.operate", "kvstore.options", "kvstore.screen"},
+    "rich": {"kvstore.operate", "kvstore.screen"},
 }
 PURE = (
     "kvstore.node.accounts",

@@ -134,6 +134,24 @@ def test_lru_counts_a_use_of_a_block_that_is_set_aside() -> None:
     assert order(policy) == "bca"
 
 
+@pytest.mark.parametrize(("kind", "other"), [(FIFO, LRU), (LRU, FIFO), (LRU, LRU)])
+def test_a_policy_begins_with_the_order_of_the_one_before(kind: type[FIFO], other: type[FIFO]) -> None:
+    before = other()
+    blocks = names("abcdef")
+    for block in blocks:
+        before.requested([block])
+    before.freed([blocks[1]])
+    assert order(before, kept=[blocks[0], blocks[1]]) == "cdef"  # which sets the first two aside
+    before.freed([blocks[1]])
+    policy = kind()
+    policy.inherit(before)
+    assert len(policy) == 6
+    policy.freed([blocks[0]])
+    assert order(policy) == "abcdef"
+    policy.requested([blocks[0]])
+    assert order(policy) == ("bcdefa" if kind is LRU else "abcdef")
+
+
 def test_the_configured_names_stand_for_policies() -> None:
     assert {name: type(make()) for name, make in POLICIES.items()} == {"lru": LRU, "fifo": FIFO}
 

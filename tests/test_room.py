@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvstore.block import Medium, Namespace
-from kvstore.node.blocks import Block, Shelf, State
+from kvstore.node.blocks import Block, Shelf, State, evictable
 from kvstore.node.directory import TierDirectory
 from kvstore.node.policy import LRU, Policy
 from kvstore.node.room import MOVE_BYTES_MAX, Room
@@ -240,6 +240,21 @@ class Occupied(RuleBasedStateMachine):
         if block.state is State.ABSENT:
             del self.bytes[block]
 
+    @rule(pages=st.one_of(st.just(CAPACITY_PAGES), st.integers(1, CAPACITY_PAGES)))
+    def limit(self, pages: int) -> None:
+        self.shop.room.limit_bytes = pages * PAGE
+
+    @rule(blocks=st.integers(1, 20))
+    def shrink(self, blocks: int) -> None:
+        before = self.places()
+        over = self.shop.room.used_bytes - self.shop.room.limit_bytes
+        shrunk = self.shop.room.shrink(blocks)
+        self.notice_leaving(before)
+        if shrunk:
+            assert over > 0
+        elif over > 0:
+            assert not any(map(evictable, self.bytes)), "somebody could have left"
+
     @rule(length=st.integers(1, 6 * PAGE))
     def quarantine(self, length: int) -> None:
         self.shop.room.begin()
@@ -247,6 +262,7 @@ class Occupied(RuleBasedStateMachine):
         slot = self.shop.room.take(length)
         self.notice_leaving(before)
         if slot is not None:
+            assert self.shop.room.used_bytes <= self.shop.room.limit_bytes
             slot.owner = "somebody who is no block"
             self.number += 1
             self.tier.view(slot)[:] = wanted = self.number.to_bytes(4, "big") * (slot.length // 4)
@@ -277,6 +293,7 @@ class Occupied(RuleBasedStateMachine):
         for (offset, length), (following, _) in pairwise(owned):
             assert offset + length <= following, "two slots overlap"
         used = sum(length for _, length in owned)
+        assert self.shop.room.used_bytes == used
         if not self.debug:
             assert self.tier.free_bytes == self.tier.capacity_bytes - used
 
@@ -304,6 +321,7 @@ class Occupied(RuleBasedStateMachine):
         if parent is not None and parent.state is State.SEALED:
             self.shop.directory.unpin([parent])
         if block is not None:
+            assert self.shop.room.used_bytes <= self.shop.room.limit_bytes
             self.bytes[block] = random.Random(self.number).randbytes(length)
             self.tier.view(block.slot)[:length] = self.bytes[block]
         return block

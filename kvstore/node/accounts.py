@@ -78,6 +78,12 @@ class Account:
         """By how much it would be above its quota with so many bytes more; 0 when it would not."""
         return 0 if self.quota_bytes is None else max(0, self.block_bytes + more_bytes - self.quota_bytes)
 
+    def ordered(self, kind: Callable[[], Policy]) -> Policy:
+        """Its order, made of this kind if need be."""
+        if self.order is None:
+            self.order = kind()
+        return self.order
+
     def is_over(self, spare_bytes: int) -> bool:
         """Whether it has or wants more than its quota, without what is leaving and so many bytes."""
         return self.excess_bytes(self.wanted_bytes) > self.leaving_bytes + spare_bytes
@@ -152,8 +158,8 @@ class Accounts:
         turn = list(islice(self._entering, blocks_max))
         for block in turn:
             account = _ACCOUNT(block)
-            if account in self._fresh and account.order is not None and block.readable:
-                account.order.requested([block])
+            if account in self._fresh and block.readable:
+                account.ordered(type(self._plain)).requested([block])
         if len(turn) < blocks_max:
             self._fresh.clear()
 
@@ -172,8 +178,9 @@ class Accounts:
             if (account.blocks, account.block_bytes) != (blocks, nbytes):
                 counted = f"{account.blocks} blocks of {account.block_bytes} bytes counted"
                 wrong.append(f"{name}: {counted}, {blocks} of {nbytes} found")
-            if account.order is not None and account not in self._fresh and len(account.order) != ordered:
-                wrong.append(f"{name}: {len(account.order)} in its order, {ordered} readable")
+            in_order = len(account.order or ())
+            if account.quota_bytes is not None and account not in self._fresh and in_order != ordered:
+                wrong.append(f"{name}: {in_order} in its order, {ordered} readable")
             if account.excess_bytes() and account not in self.over:
                 wrong.append(f"{name}: {account.excess_bytes()} bytes above its quota, and nobody knows")
         return wrong
@@ -186,10 +193,8 @@ class Accounts:
             self._fresh.discard(account)
             self.over.pop(account, None)
             return
-        if account.order is None:
-            account.order = type(self._plain)()
-            if account.blocks:
-                self._fresh.add(account)
+        if account.order is None and account.blocks:
+            self._fresh.add(account)
         if account.excess_bytes():
             self.over[account] = None
 
@@ -212,8 +217,8 @@ class BySalt:
         self._all.requested(prefix)
         # Tail first, as the orders have it: of salts that alternate, too, tails are to leave before heads.
         for account, run in groupby(reversed(prefix), _ACCOUNT):
-            if account.order is not None:
-                account.order.requested(list(run)[::-1])
+            if account.quota_bytes is not None:
+                account.ordered(type(self._all)).requested(list(run)[::-1])
 
     def freed(self, blocks: Sequence[Entry]) -> None:
         self._all.freed(blocks)

@@ -1,4 +1,4 @@
-"""Looking after a tier below the arena: noticing that it fails, and when it is back, and what it holds then."""
+"""Looking after a tier below the arena: noticing that it fails, or is back, and what it then holds."""
 
 import asyncio
 import logging

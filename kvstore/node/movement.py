@@ -19,8 +19,8 @@ from tiers.base import SharedTier
 
 # On a stop, what is owed to the tiers below gets this long, and so do calls under way to end.
 _STOP_S: Final = 5.0
-# Blocks evicted for a lower limit before others have their turn, about 5 us each.
-_TURN: Final = 256
+# Blocks evicted for a lower limit before others have their turn, about 20 us each.
+_TURN: Final = 64
 # How rules differ while draining: everything is written, soon, and stays above too.
 _DRAINING: Final[dict[str, Any]] = {
     "on_eviction": False,

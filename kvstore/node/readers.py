@@ -1,7 +1,6 @@
 """The reader's verbs: acquire, release, questions. Synchronous; what waits is in `kvstore.node.patience`."""
 
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from itertools import takewhile
 from operator import truth
@@ -85,7 +84,8 @@ class Readers:
         lease, found = self.acquire_nothing([]), bytearray(len(items))
         self.extend_each(holder, lease, items, found)
         self.looked(len(lease.blocks), len(items))
-        return self.finish_each(lease, items, found)
+        self._count_each(lease, items, found)
+        return lease, bytes(found)
 
     def extend_each(
         self, holder: Holder, lease: ReadLease, items: Sequence[tuple[Shelves, bytes]], found: bytearray
@@ -115,14 +115,7 @@ class Readers:
         named = {(block.shelf, block.key): block for block in lease.blocks}
         here = [item for item, is_here in zip(items, found, strict=True) if is_here]
         lease.blocks[:] = [named[shelves[0], key] for shelves, key in here]
-        self._counters.hit_blocks += len(here)
-        self._counters.missed_blocks += len(items) - len(here)
-        self._movements.missed(len(items) - len(here))
-        for account, asked in Counter([shelves[0].account for shelves, _ in items]).items():
-            account.missed_blocks += asked
-        for account, hits in Counter([block.shelf.account for block in lease.blocks]).items():
-            account.hit_blocks += hits
-            account.missed_blocks -= hits
+        self._count_each(lease, items, found)
         return lease, bytes(found)
 
     def limit(self, lease: ReadLease) -> None:
@@ -160,6 +153,17 @@ class Readers:
         return lengths
 
     # Helpers.
+
+    def _count_each(self, lease: ReadLease, items: Sequence[tuple[Shelves, bytes]], found: bytearray) -> None:
+        missed = len(items) - len(lease.blocks)
+        self._counters.hit_blocks += len(lease.blocks)
+        self._counters.missed_blocks += missed
+        self._movements.missed(missed)
+        for block in lease.blocks:
+            block.shelf.account.hit_blocks += 1
+        if missed:
+            for (shelves, _), is_here in zip(items, found, strict=True):
+                shelves[0].account.missed_blocks += not is_here
 
     def _pin(self, holder: Holder, lease: ReadLease, blocks: Sequence[Block], added_bytes: int) -> None:
         if blocks:

@@ -79,7 +79,8 @@ class Room:
         While the tier's memory is still being populated nobody has to leave: a little later there is room.
         A block of an `account` at its quota makes room among those of its own salt first.
         """
-        if account is not None and not self._within_quota(account, length):
+        limited = account is not None and account.quota_bytes is not None
+        if limited and not self._within_quota(cast(Account, account), length):
             return None
         slot = self._take(length)
         while slot is None and self._late:
@@ -190,8 +191,7 @@ class Room:
 
     def _evict_own(self, account: Account, nbytes: int) -> bool:
         """`_evict_of` a salt's blocks."""
-        assert account.order is not None
-        return self._evict_of(account.order, nbytes)
+        return account.order is not None and self._evict_of(account.order, nbytes)
 
     def _evict_of(self, order: Policy, nbytes: int) -> bool:
         """Evict the coldest blocks, `nbytes` or a little more; False, and none, if they cannot leave."""

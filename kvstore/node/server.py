@@ -59,7 +59,7 @@ class Server:
         self.epoch = epoch
         self.token = token
         self._arenas = tuple(arenas)
-        self._limits = limits or Limits()
+        self.limits = limits or Limits()
         self._quarantine = Quarantine(store)
         self._sessions: dict[Session, tuple[Connection, int | None]] = {}
         self._servers: list[asyncio.AbstractServer] = []
@@ -104,7 +104,7 @@ class Server:
 
     def set_limits(self, limits: Limits) -> None:
         """Have these limits from now on, for clients that are connected too; nothing is taken from them."""
-        self._limits = limits
+        self.limits = limits
         for session in self._sessions:
             session.holder.pinned_bytes_max, session.holder.reserved_bytes_max = self._allowed()
 
@@ -204,9 +204,9 @@ class Server:
             if pidfd is not None:
                 # A socket may outlive its process, in a child that was forked at a bad moment.
                 asyncio.get_running_loop().add_reader(pidfd, connection.abort)
-            if len(self._sessions) > self._limits.clients:
+            if len(self._sessions) > self.limits.clients:
                 connection.fail(
-                    ProtocolError(f"{len(self._sessions)} clients; the limit is {self._limits.clients}")
+                    ProtocolError(f"{len(self._sessions)} clients; the limit is {self.limits.clients}")
                 )
             return session
 
@@ -215,7 +215,7 @@ class Server:
     def _allowed(self) -> tuple[int, int]:
         """Bytes that a client may have pinned, and reserved."""
         usable = self.store.arena.room.limit_bytes
-        fractions = self._limits.client_pinned_fraction, self._limits.client_reserved_fraction
+        fractions = self.limits.client_pinned_fraction, self.limits.client_reserved_fraction
         return int(usable * fractions[0]), int(usable * fractions[1])
 
     def _watch(self, expected: float) -> None:
