@@ -72,9 +72,9 @@ class Wire:
         if kind == b"-":
             raise ServerError(text.decode(errors="replace"))
         if kind == b":":
-            return int(text)
+            return _number(text)
         if kind == b"$":
-            return None if text == b"-1" else self._value(int(text))
+            return self._value(_number(text))
         if kind == b"+":
             return text
         raise ConnectionError(f"{line[:40]!r} is no answer that was asked for")
@@ -92,7 +92,7 @@ class Wire:
             raise ServerError(line[1:].decode(errors="replace"))
         if line[:1] != b"$":
             raise ConnectionError(f"{line[:40]!r} is no value")
-        length = int(line[1:])
+        length = _number(line[1:])
         if length < 0:
             return None
         if length == len(view):
@@ -105,7 +105,9 @@ class Wire:
 
     # Receiving.
 
-    def _value(self, length: int) -> bytes:
+    def _value(self, length: int) -> bytes | None:
+        if length < 0:
+            return None
         value = bytes(self._exactly(length))
         self._exactly(2)
         return value
@@ -169,6 +171,13 @@ class Wire:
             microseconds = max(1, int(remaining_s % 1 * 1e6))
             timeval = struct.pack("ll", int(remaining_s), microseconds)
             self._sock.setsockopt(socket.SOL_SOCKET, option, timeval)
+
+
+def _number(text: bytes) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConnectionError(f"{text[:40]!r} is no number") from None
 
 
 def command(*words: Piece | str | int) -> list[Piece]:
