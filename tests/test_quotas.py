@@ -414,7 +414,7 @@ class Tenants(RuleBasedStateMachine):
     @rule(span=SPANS, length=st.integers(1, 2 * LENGTH), each=st.booleans())
     def reserve(self, span: tuple[str, int, int], length: int, each: bool) -> None:
         salt, first, size = span
-        keys = [key + b"%d" % (-(-length // KIB)) for key in KEYS[first : first + size]]
+        keys = [key + b":%d" % (-(-length // KIB)) for key in KEYS[first : first + size]]
         length = -(-length // KIB) * KIB
         self.asking, writers = {salt}, self.store.writers
         if each:
