@@ -8,7 +8,10 @@ SHELL := /bin/bash
 
 # What of the tests reads, writes or frees blocks.
 MEMORY_TESTS := $(patsubst %,tests/test_%.py,client dram faults fuzz listing lmcache lmcache_faults lmcache_remote \
-	movement nvme_node room states stress tcp)
+	movement nvme_node room states tcp)
+# Takes all cores there are. The others wait more than they compute, so two files of them run at a time.
+STRESS := tests/test_stress.py
+IN_PAIRS := --numprocesses 2 --dist loadfile --ignore $(STRESS)
 
 .PHONY: run test test-engines test-debug demo bench lint clean
 
@@ -21,13 +24,15 @@ run: $(VENV)/.daemon
 	$(BIN)/kvstore serve --dram 1GiB
 
 test: $(VENV)/.test $(VENV)/tools
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PAIRS)
+	$(BIN)/python -m pytest $(STRESS)
 
 test-engines: $(VENV)/.test $(ENGINES)/.engines
 	$(BIN)/python -m pytest tests/engines
 
 test-debug: $(VENV)/.test
-	KVSTORE_DEBUG=1 $(BIN)/python -m pytest $(MEMORY_TESTS)
+	KVSTORE_DEBUG=1 $(BIN)/python -m pytest $(IN_PAIRS) $(MEMORY_TESTS)
+	KVSTORE_DEBUG=1 $(BIN)/python -m pytest $(STRESS)
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.demo

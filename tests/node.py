@@ -42,9 +42,12 @@ class Node:
         self._environ = {**os.environ, **(environ or {})}
         self.start()
 
-    def start(self) -> None:
-        """Start it, or start it again after `kill`; returns once it is ready and its arena populated."""
-        self.process = Forked(self._words, self.folder / "log", self._environ)
+    def start(self, *flags: str) -> None:
+        """Start it, or start it again after `kill`; returns once it is ready and its arena populated.
+
+        `flags` are for this time alone.
+        """
+        self.process = Forked([*self._words, *flags], self.folder / "log", self._environ)
         try:
             self.ready_line = self.process.stdout.readline()
             assert "kvstore ready" in self.ready_line, self.log

@@ -11,7 +11,9 @@ from benchmarks import lmcache
 from benchmarks.harness import KIB, OURS, BenchmarkError, Settings
 from benchmarks.lmcache import LOAD, STORE, Objects, read_figures
 from benchmarks.processes import cores_of_this_process
-from tests.test_benchmarks import FIELDS, run_quick
+from tests.test_benchmarks import FIELDS, place, run_quick
+
+__all__ = ["place"]
 
 OBJECTS = Objects(2, 500 * KIB)
 VERIFIED = "  [Verify] All 2 keys data verified OK.\n"
@@ -60,17 +62,15 @@ def test_without_lmcache_nothing_is_measured_and_it_is_said(monkeypatch: pytest.
 
 
 @needs_lmcache
-def test_ours_is_benched_beside_lmcaches_own_adapters(tmp_path: Path) -> None:
-    contents, _ = run_quick(
-        ["lmcache", "--rounds", "1"], tmp_path / "rows.json", KVSTORE_BENCH_DIR=str(tmp_path)
-    )
+def test_ours_is_benched_beside_lmcaches_own_adapters(place: Path) -> None:
+    contents, _ = run_quick(["lmcache", "--rounds", "1"], place / "rows.json", KVSTORE_BENCH_DIR=str(place))
     assert [row["case"] for row in contents["rows"]] == ["store 2MiB", "load 2MiB"]
     for row in contents["rows"]:
         assert set(row) == FIELDS
         assert row[OURS] > 0
         assert set(row["peers"]) == {"fs", "fs_native", "resp"}
     assert "mooncake_store" in contents["missing"]
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+    assert [path.name for path in place.iterdir()] == ["rows.json"]
 
 
 @needs_lmcache

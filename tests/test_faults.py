@@ -6,7 +6,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from kvstore.channel import Channel, Reply
 from kvstore.client import StoreClient
 from kvstore.errors import DeadlineExceeded, LeaseError, Unavailable
 from kvstore.protocol import frame
+from tests.forked import FORKS
 from tests.node import Node, RawConnection, idle, open_files, pinned, wait_for
 from tests.test_client import MIB, fill, keys, pattern
 from tests.test_tcp import TOKEN, greeted
@@ -30,9 +30,8 @@ class Victim:
     """Another process that uses the store, step by step, until something happens to it."""
 
     def __init__(self, role: Callable[..., None], *args: object) -> None:
-        context = get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=role, args=(theirs, *args))
+        self.pipe, theirs = FORKS.Pipe()
+        self.process = FORKS.Process(target=role, args=(theirs, *args))
         self.process.start()
         theirs.close()
         assert self.pipe.poll(30), "the other process did not get ready"

@@ -3,7 +3,6 @@
 import os
 import random
 import time
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
@@ -12,11 +11,12 @@ import pytest
 
 from kvstore.block import Namespace
 from kvstore.client import StoreClient
+from tests.forked import FORKS
 from tests.node import Node, open_files, private_bytes, threads, wait_for
 from tests.stress_client import CHAINS, NAMESPACES, chain, content, length_of, live
 from tests.test_client import MIB, fill, keys
 
-STRESS_S = float(os.environ.get("KVSTORE_STRESS_S", "60"))
+STRESS_S = float(os.environ.get("KVSTORE_STRESS_S", "30"))
 # Beside a tier below.
 STRESS_NVME_S = STRESS_S / 6
 PROCESSES = 16
@@ -28,10 +28,8 @@ class Worker:
 
     def __init__(self, address: str, seed: str, log: Path) -> None:
         # Forked from one that has imported all there is: replacing a dead one takes milliseconds.
-        context = get_context("forkserver")
-        context.set_forkserver_preload(["tests.stress_client"])
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=live, args=(address, seed, CLIENTS_EACH, str(log), theirs))
+        self.pipe, theirs = FORKS.Pipe()
+        self.process = FORKS.Process(target=live, args=(address, seed, CLIENTS_EACH, str(log), theirs))
         self.process.start()
         theirs.close()
 
