@@ -147,7 +147,9 @@ class Channel:
     def abandon_in_child(self) -> None:
         """In a forked child: let go of the descriptor without a word to the daemon."""
         self.broken = "this client belongs to the parent process"
-        socket.close(self._sock.detach())
+        fd = self._sock.detach()
+        if fd >= 0:  # else it was closed before
+            socket.close(fd)
 
     # Sending.
 

@@ -1,5 +1,6 @@
 """What happens to leases when processes die, fork, or lose their connection. All with real processes."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ from kvstore.client import StoreClient
 from kvstore.errors import DeadlineExceeded, LeaseError, Unavailable
 from kvstore.protocol import frame
 from tests.forked import FORKS
-from tests.node import Node, RawConnection, idle, open_files, pinned, wait_for
+from tests.node import Node, RawConnection, child, idle, open_files, pinned, wait_for
 from tests.test_client import MIB, fill, keys, pattern
 from tests.test_tcp import TOKEN, greeted
 
@@ -172,6 +173,23 @@ def test_a_forked_child_holds_nothing_and_says_so(node: Node, store: StoreClient
     finally:
         os.kill(child, signal.SIGKILL)
         victim.close()
+
+
+def test_a_child_lets_go_of_all_clients_also_where_one_has_been_closed(node: Node) -> None:
+    with contextlib.ExitStack() as opened:
+        clients = [opened.enter_context(node.client()) for _ in range(8)]
+        channels = [client._connected().channel for client in clients]
+        for channel in channels[::2]:  # as when the daemon has gone and nobody has noticed yet
+            channel.close()
+
+        def body() -> None:
+            assert [channel._sock.fileno() for channel in channels] == [-1] * 8
+            for client in clients:
+                with pytest.raises(Unavailable, match="belongs to the parent process"):
+                    client.statistics()
+
+        with child(body) as pid:
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def cut(client: StoreClient) -> None:
