@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 SHELL := /bin/bash
 
 # What of the tests reads, writes or frees blocks.
-MEMORY_TESTS := $(patsubst %,tests/test_%.py,client dram faults fuzz listing lmcache lmcache_faults lmcache_remote \
-	movement nvme_node room states tcp)
+MEMORY_TESTS := $(patsubst %,tests/test_%.py,client dram drain faults fuzz listing lmcache lmcache_faults \
+	lmcache_remote movement nvme_node quotas redis_node room states takeover tcp)
 # Takes all cores there are. The others wait more than they compute, so two files of them run at a time.
 STRESS := tests/test_stress.py
 IN_PAIRS := --numprocesses 2 --dist loadfile --ignore $(STRESS)

@@ -26,6 +26,9 @@ Redis = Annotated[str | None, typer.Option(help="URL of a Redis that all nodes s
 Socket = Annotated[Path | None, typer.Option(help="unix socket for this node's clients")]
 Http = Annotated[str | None, typer.Option(help="HOST:PORT of health and metrics, port 0 for any")]
 Data = Annotated[str | None, typer.Option(help="HOST:PORT of TCP for clients off the node")]
+TakeOver = Annotated[
+    bool | None, typer.Option("--take-over", help="end the daemon on the socket, and go on with its arena")
+]
 ConfigFile = Annotated[Path | None, typer.Option(help="TOML file; flags go before it")]
 Model = Annotated[str, typer.Option(help="the namespace's model")]
 Salt = Annotated[str, typer.Option(help="the namespace's salt")]
@@ -40,12 +43,13 @@ def serve(
     socket: Socket = None,
     http: Http = None,
     data: Data = None,
+    take_over: TakeOver = None,
     config: ConfigFile = None,
 ) -> None:
     """Run a node's daemon until SIGTERM. KVSTORE_TOKEN holds the token, where one is wanted."""
     from kvstore.serve import serve as run
 
-    flags = _flags(dram, nvme, redis, socket, http, data)
+    flags = _flags(dram, nvme, redis, socket, http, data, take_over)
     with errors():
         run(load(config, flags), reload=lambda: load(config, flags))
 
@@ -58,11 +62,12 @@ def show_config(
     socket: Socket = None,
     http: Http = None,
     data: Data = None,
+    take_over: TakeOver = None,
     config: ConfigFile = None,
 ) -> None:
     """Print the configuration that `serve` would have with the same flags: TOML, each knob documented."""
     with errors():
-        print(as_toml(load(config, _flags(dram, nvme, redis, socket, http, data))), end="")
+        print(as_toml(load(config, _flags(dram, nvme, redis, socket, http, data, take_over))), end="")
 
 
 def _flags(
@@ -72,9 +77,11 @@ def _flags(
     socket: Path | None,
     http: str | None,
     data: str | None,
+    take_over: bool | None,
 ) -> dict[str, Any]:
     """The flags that were given, nested as the file is."""
     flags: dict[str, Any] = {"socket": socket and str(socket), "http": http, "data": data}
+    flags["take_over"] = take_over
     flags |= {"dram": None if dram is None else {"capacity": dram}, "nvme": nvme and {"directories": nvme}}
     flags |= {"redis": redis and {"url": redis}}
     return {key: value for key, value in flags.items() if value is not None and value != []}

@@ -194,8 +194,14 @@ def _parse_quotas(
 class Config:
     """All of it."""
 
-    node: str = _knob(socket.gethostname(), "this daemon's name in answers and metrics")
+    node: str = _knob(
+        os.environ.get("KVSTORE_NODE") or socket.gethostname(),
+        "this daemon's name in answers and metrics; else KVSTORE_NODE, or the host's name",
+    )
     socket: str = _knob(default_socket(), "unix socket for clients of this node")
+    take_over: bool = _knob(
+        False, "where another daemon listens on the socket, it ends and hands its arena over to this one"
+    )
     socket_mode: str = _knob("0660", "permissions of the socket: who may open it may read and write blocks")
     http: str = _knob(DEFAULT_HTTP, "health and metrics; port 0 for any")
     data: str = _knob("", "TCP for clients off this node, HOST:PORT; empty for none")

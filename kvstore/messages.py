@@ -174,6 +174,16 @@ class Drain(Message, tag=21):
     cancel: bool = False
 
 
+class HandOver(Message, tag=22):
+    """End, and hand the arena over to me, another daemon of the same user; since 2.1. Unix socket only.
+
+    Answered with descriptors, of the arena and its state in this format, then of processes, and then by the
+    end of the process; see `kvstore.node.handover`.
+    """
+
+    format: int
+
+
 class Goodbye(Message, tag=20):
     """The client ends all its leases, and those whose answers it did not wait for."""
 
@@ -328,6 +338,7 @@ Request = (
     | Verify
     | ListNamespaces
     | Drain
+    | HandOver
     | Goodbye
 )
 Answer = (

@@ -18,15 +18,19 @@ from kvstore import logs
 from kvstore.config import Config, parse_endpoint
 from kvstore.errors import ConfigError, KVStoreError
 from kvstore.live import Live, limits, quotas, tier_settings
+from kvstore.memory import HUGE_PAGE_BYTES
 from kvstore.metrics import exposition
 from kvstore.node.arena import Arena
+from kvstore.node.blocks import Block
 from kvstore.node.directory import TierDirectory
+from kvstore.node.handover import Heir, estate, send
 from kvstore.node.http import HttpServer, Readiness, health_app
 from kvstore.node.lower import Lower
 from kvstore.node.policy import POLICIES
 from kvstore.node.server import Server, clear_stale_socket
 from kvstore.node.store import Store
-from tiers.base import StorageTier
+from kvstore.node.takeover import Inheritance, take_over
+from tiers.base import Slot, StorageTier
 from tiers.dram import DramTier
 from tiers.nvme import NvmeTier
 from tiers.table import Table
@@ -42,23 +46,34 @@ _USEFUL_BYTES = 1 << 30
 class Daemon:
     """One node: its tiers, its store and its sockets. `run` returns when it is told to stop."""
 
-    def __init__(self, config: Config, read: Callable[[], Config]) -> None:
+    def __init__(
+        self, config: Config, read: Callable[[], Config], inherited: Inheritance | None = None
+    ) -> None:
         assert config.dram is not None
         self._config = config
-        self._dram = DramTier(config.dram.capacity_bytes)
+        slots: list[Slot] = []
+        if inherited is None:
+            self._dram = DramTier(config.dram.capacity_bytes)
+        else:
+            self._dram = DramTier(inherited.estate.capacity_bytes, inherited=inherited.arena_fd)
+            slots = self._dram.claim(inherited.spans(), inherited.estate.ready_bytes)
         directory = TierDirectory(self._dram.name, self._dram.medium, POLICIES[config.dram.policy]())
         debug = os.environ.get("KVSTORE_DEBUG") == "1"
         arena = Arena(self._dram, directory, [], debug=debug)
         self._socket = Path(config.socket)
         epoch = _next_epoch(self._socket.with_suffix(".epoch"))
         missing_s = 0.0 if config.redis is None else config.redis.missing_s
-        self._store = Store(arena, _lowers(config), first_lease=epoch, missing_s=missing_s)
+        # Above all leases that go on, even where the clock was set back.
+        first_lease = max([epoch, *[number + 1 for number in (inherited.lease_ids if inherited else [])]])
+        self._store = Store(arena, _lowers(config), first_lease=first_lease, missing_s=missing_s)
         self._store.salts.set_quotas(quotas(config))
+        self._stop = asyncio.Event()
         self._server = Server(
             self._store,
             [self._dram],
             node=config.node,
             epoch=epoch,
+            stop=self._stop.set,
             token=config.token,
             limits=limits(config),
         )
@@ -66,10 +81,13 @@ class Daemon:
         self._reloads: set[asyncio.Task[object]] = set()
         self._listening = False
         self._failed: BaseException | None = None
-        self._stop = asyncio.Event()
+        self._unwritten: list[Block] = []
+        if inherited is not None:
+            self._unwritten = inherited.enter(self._store, self._server.quarantine, slots)
+            self._store.movements.set_limit(arena, config.dram.capacity_bytes)
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT.
+        """Serve until SIGTERM or SIGINT, or until another daemon has taken over, when the process ends here.
 
         Raises:
             ConfigError: an address is taken, or cannot be listened on.
@@ -92,25 +110,25 @@ class Daemon:
             if self._config.data:
                 host, port = parse_endpoint(self._config.data, "data")
                 try:
-                    port = await self._server.listen_tcp(host, port, self._tls())
+                    port = await self._server.listen_tcp(host, port, _tls(self._config))
                 except (OSError, UnicodeError) as exc:
                     raise ConfigError(f"data address {self._config.data}: {exc}") from exc
                 addresses.append(f"data={host}:{port}")
             await self._store.movements.start()
+            await self._store.movements.demoter.offer(self._unwritten)
+            self._unwritten.clear()
             self._server.start()
             await self._server.listen_unix(self._socket, mode=int(self._config.socket_mode, 8))
             self._listening = True
             # What is there by now stays, and blocks come and go by reference counts: a full collection, which
             # takes 60 ms with 100,000 blocks, would find nothing and stall the event loop.
             gc.freeze()
-            gc.set_threshold(20_000, 5, 1_000_000)
             print("kvstore ready:", f"socket={self._socket}", *addresses, flush=True)
             logger.info("node %s, epoch %d", self._config.node, self._server.epoch)
             await self._stop.wait()
         finally:
             self._listening = False
-            await self._server.close()
-            await self._store.movements.stop()
+            await self._end()
             self._dram.close()
             http.should_exit = True
             await serving
@@ -122,7 +140,7 @@ class Daemon:
         """Ready is who listens and has memory to give; a tier that fails is only left alone."""
         lowers = self._store.movements.lowers
         if self._stop.is_set():
-            return Readiness(["stopping"])
+            return Readiness(["stopping" if self._server.heir is None else "handing over"])
         missing = []
         if not self._listening:
             missing = [
@@ -135,6 +153,40 @@ class Daemon:
         if dram.ready_bytes < min(_USEFUL_BYTES, dram.capacity_bytes):
             missing.append(f"the arena is being populated: {dram.ready_bytes} of {dram.capacity_bytes} bytes")
         return Readiness(missing, [f"tier {low.name} fails: {low.failing}" for low in lowers if low.failing])
+
+    async def _end(self) -> None:
+        """End all connections and all I/O. If there is an heir, hand the arena over and end the process."""
+        heir, movements = self._server.heir, self._store.movements
+        if heir is None:
+            await self._server.hang_up()
+            self._server.close()
+            await movements.stop()
+            return
+        logger.info("another daemon takes over")
+        ended = await self._server.hang_up()
+        unwritten = movements.leave()
+        if await movements.stop() and ended:
+            # What could not be written meanwhile is among what is left now.
+            self._hand_over(heir, unwritten | movements.leave())
+        else:
+            # A call that hangs may still reach its memory: over a network even when this process is gone.
+            logger.warning("a disk hangs: nothing is handed over")
+        heir.sock.close()
+        self._server.close()
+
+    def _hand_over(self, heir: Heir, unwritten: set[Block]) -> None:
+        """Returns only when the heir is gone."""
+        wards = self._server.quarantine.wards()
+        pidfds = [pidfd for _, _, pidfd in wards if pidfd is not None]
+        state = estate(self._store.arena, wards, unwritten)
+        try:
+            send(heir, self._dram.open(writable=True), state, pidfds)
+        except OSError as exc:
+            logger.warning("whoever wanted to take over is gone: %s", exc)
+            return
+        logger.info("handed over %d blocks, and the slots of %d processes", len(state.order), len(wards))
+        logging.shutdown()
+        os._exit(0)  # to take everything apart would only keep the heir waiting
 
     async def _reload(self) -> dict[str, list[str]]:
         return asdict(await self._live.reload())
@@ -159,17 +211,6 @@ class Daemon:
             self._failed = exc
             loop.call_soon_threadsafe(self._stop.set)
 
-    def _tls(self) -> ssl.SSLContext | None:
-        if not self._config.tls_certificate:
-            return None
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        try:
-            context.load_cert_chain(self._config.tls_certificate, self._config.tls_key)
-        except OSError as exc:
-            raise ConfigError(f"tls_certificate {self._config.tls_certificate}: {exc}") from exc
-        return context
-
 
 def stored_tier(path: Path) -> NvmeTier:
     """The tier in a directory that no daemon uses, as large as it was.
@@ -186,6 +227,26 @@ def stored_tier(path: Path) -> NvmeTier:
             f"{path}: its table is damaged, or that of another tier; a daemon would begin anew there"
         )
     return NvmeTier(path, head.capacity_bytes)
+
+
+def _inherited(config: Config) -> Inheritance | None:
+    """The arena of the daemon that listens now, unless it is smaller than ours is to be."""
+    assert config.dram is not None
+    _lowers(config)
+    _tls(config)  # whatever is wrong with either, the other daemon goes on
+    inherited = take_over(Path(config.socket))
+    if inherited is None:
+        return None
+    has, wanted = inherited.estate.capacity_bytes, config.dram.capacity_bytes
+    if wanted - has >= HUGE_PAGE_BYTES:
+        logger.warning(
+            "the arena handed over has %d bytes, and ours is to have %d: starting afresh", has, wanted
+        )
+        inherited.close()
+        return None
+    if has > wanted:
+        logger.warning("the arena handed over has %d bytes; %d are used, the rest is kept", has, wanted)
+    return inherited
 
 
 def _lowers(config: Config) -> list[Lower]:
@@ -221,6 +282,18 @@ def _storage_tiers(config: Config) -> list[StorageTier]:
             )
         )
     return tiers
+
+
+def _tls(config: Config) -> ssl.SSLContext | None:
+    if not config.tls_certificate:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(config.tls_certificate, config.tls_key)
+    except OSError as exc:
+        raise ConfigError(f"tls_certificate {config.tls_certificate}: {exc}") from exc
+    return context
 
 
 def _listen_http(address: str) -> socket.socket:
@@ -265,10 +338,14 @@ def serve(config: Config, reload: Callable[[], Config]) -> None:
     import uvloop
 
     logs.configure(config.log_level, config.log_format, config.node)
+    gc.set_threshold(20_000, 5, 1_000_000)  # see where it is frozen
 
     async def main() -> None:
+        inherited = _inherited(config) if config.take_over else None
         await clear_stale_socket(Path(config.socket))  # before anything that another daemon would notice
-        await Daemon(config, reload).run()
+        daemon = Daemon(config, reload, inherited)
+        del inherited  # 20 MB with 100,000 blocks
+        await daemon.run()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())

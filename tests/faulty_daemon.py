@@ -4,7 +4,7 @@ The NVMe tier is the real one and does real I/O; a fault strikes in its threads,
 file that KVSTORE_FAULTS names has a line for each fault: the beginning of an action ("reading", "writing",
 "forgetting", "looking", "opening", or "" for all), and "hang", "error" or seconds to sleep.
 KVSTORE_CLOCK_SHIFT_S is added to the wall clock; the monotonic one goes on as it is. KVSTORE_FRAME_TIMEOUT_S
-is how long a client may take for a frame, a hello or an answer.
+is how long a client may take for a frame, a hello or an answer, KVSTORE_STOP_S a disk when the daemon stops.
 """
 
 import errno
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import kvstore.node.movement
 import kvstore.node.server
 import tiers.nvme
 from kvstore.__main__ import main
@@ -64,5 +65,7 @@ if __name__ == "__main__":
         tiers.nvme.Jobs = FaultyJobs  # type: ignore[misc]
     if "KVSTORE_FRAME_TIMEOUT_S" in os.environ:
         kvstore.node.server.FRAME_TIMEOUT_S = float(os.environ["KVSTORE_FRAME_TIMEOUT_S"])  # type: ignore[misc]
+    if "KVSTORE_STOP_S" in os.environ:
+        kvstore.node.movement._STOP_S = float(os.environ["KVSTORE_STOP_S"])  # type: ignore[misc]
     _shift_clock(float(os.environ.get("KVSTORE_CLOCK_SHIFT_S", "0")))
     main()

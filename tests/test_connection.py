@@ -68,11 +68,11 @@ def test_a_server_closes_although_a_session_does_not_end(
     monkeypatch.setattr(Session, "lost", lambda _: None)
 
     async def scenario(stage: Stage) -> None:
-        server = Server(stage.store, [stage.memory], node="node", epoch=1)
+        server = Server(stage.store, [stage.memory], node="node", epoch=1, stop=lambda: None)
         await server.listen_unix(tmp_path / "node.sock")
         raw = await asyncio.to_thread(RawConnection, tmp_path / "node.sock")
         with raw:
-            await asyncio.wait_for(server.close(), 10)
+            await asyncio.wait_for(server.hang_up(), 10)
 
     stage = Stage([])
     asyncio.run(scenario(stage))

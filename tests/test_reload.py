@@ -117,7 +117,7 @@ def test_a_live_knob_arrives_where_it_matters_and_goes_back(
     async def scenario() -> None:
         disks = [Disk(8 * MIB), Disk(8 * MIB)]
         async with Stage(disks, media=[Medium.NVME, Medium.REMOTE]) as stage:
-            server = Server(stage.store, [stage.memory], node="n", epoch=1)
+            server = Server(stage.store, [stage.memory], node="n", epoch=1, stop=lambda: None)
             wanted = changed(before, name, value)
             live = Live(before, server, lambda: wanted)
             assert await live.reload() == Change([name], [])

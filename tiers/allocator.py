@@ -36,10 +36,11 @@ class Allocator:
         self._append(span)
         self.free(span)
 
-    def claim(self, pieces: Sequence[tuple[int, int, object]]) -> list[Slot]:
+    def claim(self, pieces: Sequence[tuple[int, int, object]], ready_bytes: int | None = None) -> list[Slot]:
         """Begin with these pieces (offset, length, owner) taken, which ascend and lie apart; their slots.
 
-        For an allocator that has nothing available yet. All its capacity is after, free but for the pieces.
+        For an allocator that has nothing available yet. After, it is all available, or up to `ready_bytes`,
+        and free but for the pieces.
         """
         slots = []
         for offset, length, owner in pieces:
@@ -49,8 +50,9 @@ class Allocator:
             slot.owner = owner
             self._append(slot)
             slots.append(slot)
-        if self.capacity_bytes > self.ready_bytes:
-            self.grow(self.capacity_bytes)
+        ready_bytes = self.capacity_bytes if ready_bytes is None else ready_bytes
+        if ready_bytes > self.ready_bytes:
+            self.grow(ready_bytes)
         return slots
 
     def take(self, length: int, owner: object, within: Slot | None = None) -> Slot | None:

@@ -11,7 +11,7 @@ import logging
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -30,15 +30,18 @@ _PAGE_TABLE_ENTRY_BYTES: Final = 8
 
 
 class DramTier:
-    """An arena in host memory.
+    """An arena in host memory, a new one or that of the descriptor `inherited`, which it then owns.
 
     `populate` runs in a thread of its own until all is populated; `grow` is called on the event loop as
-    it goes, so that slots are only ever given out from populated memory.
+    it goes, so that slots are only ever given out from populated memory. For an inherited arena `claim` is
+    called before either.
     """
 
     medium = Medium.DRAM
 
-    def __init__(self, capacity_bytes: int, *, name: str = "dram", arena: int = 0) -> None:
+    def __init__(
+        self, capacity_bytes: int, *, name: str = "dram", arena: int = 0, inherited: int | None = None
+    ) -> None:
         if capacity_bytes < HUGE_PAGE_BYTES:
             raise ConfigError(
                 f"{name} capacity is {capacity_bytes} bytes; the least is {HUGE_PAGE_BYTES} (one huge page)"
@@ -47,12 +50,17 @@ class DramTier:
         self.arena = arena
         self.capacity_bytes = capacity_bytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
         available = _available_bytes()
-        if self.capacity_bytes > available:
+        if inherited is None and self.capacity_bytes > available:
             raise ConfigError(
                 f"{name} capacity is {self.capacity_bytes} bytes, {available} are available; lower it"
             )
         self._allocator = Allocator(self.capacity_bytes)
-        self._fd, self._map, self.pages = _memory_file(f"kvstore-{name}", self.capacity_bytes)
+        self._inherited_bytes = 0
+        if inherited is None:
+            self._fd, self._map, self.pages = _memory_file(f"kvstore-{name}", self.capacity_bytes)
+        else:
+            self._fd, self._map = inherited, Mapping(inherited, self.capacity_bytes, writable=True)
+            self.pages = _pages_of(inherited)
         if self.pages == "transparent":
             self._map.advise(mmap.MADV_HUGEPAGE)
         self._stopping = threading.Event()
@@ -69,14 +77,21 @@ class DramTier:
             if self._stopping.is_set():
                 return
             length = min(step, self.capacity_bytes - start)
-            if self.pages == "small" and not self._collapse(start, length):
+            there = start < self._inherited_bytes  # with blocks, perhaps; only entered into our page tables
+            if self.pages == "small" and not there and not self._collapse(start, length):
                 self._warn_of_page_tables()
             if not self._map.advise(MADV_POPULATE_WRITE, start, length):
                 reason = os.strerror(ctypes.get_errno())
                 raise TierError(
                     f"{self.name}: populating {length} bytes at {start} failed: {reason}; lower its capacity"
                 )
-            report(start + length)
+            if start + length > self._inherited_bytes:
+                report(start + length)
+
+    def claim(self, pieces: Sequence[tuple[int, int]], ready_bytes: int) -> list[Slot]:
+        """The slots (offset, length; ascending) that are taken of an inherited arena, populated so far."""
+        self._inherited_bytes = ready_bytes
+        return self._allocator.claim([(offset, length, self) for offset, length in pieces], ready_bytes)
 
     def open(self, *, writable: bool) -> int:
         """A new descriptor of the arena, for a client; the caller closes it."""
@@ -164,12 +179,17 @@ def _memory_file(name: str, size: int) -> tuple[int, Mapping, str]:
                 os.close(fd)
     fd = os.memfd_create(name, os.MFD_CLOEXEC)
     os.ftruncate(fd, size)
-    mapping = Mapping(fd, size, writable=True)
+    return fd, Mapping(fd, size, writable=True), _pages_of(fd)
+
+
+def _pages_of(fd: int) -> str:
+    if os.fstatvfs(fd).f_bsize == HUGE_PAGE_BYTES:
+        return "reserved"
     try:
         setting = _SHMEM_HUGE_PAGES.read_text()
     except OSError:
         setting = "[never]"
-    return fd, mapping, "small" if "[never]" in setting or "[deny]" in setting else "transparent"
+    return "small" if "[never]" in setting or "[deny]" in setting else "transparent"
 
 
 def _number_in(path: Path) -> int:

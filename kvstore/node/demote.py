@@ -135,12 +135,21 @@ class Demoter:
             await asyncio.sleep(0)
         self.pump()
 
-    async def offer(self) -> None:
-        """Enter what is in the arena and below nowhere: a tier below has lost what it had."""
-        blocks = [block for shelf in self._arena.directory.shelves() for block in shelf.sealed.values()]
+    async def offer(self, blocks: Sequence[Block] | None = None) -> None:
+        """Enter what is in the arena, or these blocks, and below nowhere: a tier below has lost them."""
+        if blocks is None:
+            blocks = [block for shelf in self._arena.directory.shelves() for block in shelf.sealed.values()]
         for start in range(0, len(blocks), _TURN):
             self.sealed([b for b in blocks[start : start + _TURN] if b.state is State.SEALED])
             await asyncio.sleep(0)
+
+    def leave_all(self) -> set[Block]:
+        """What tiers below are still to get, which nobody is to write any more."""
+        unwritten = {block for lower in self._lowers for block in lower.unwritten}
+        for lower in self._lowers:
+            for block in list(lower.unwritten):
+                self._leave(lower, block)
+        return unwritten
 
     def pump(self) -> None:
         """Begin as many calls as there may be."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from kvstore.node.connection import Connection
 from kvstore.node.lease import Holder
 from kvstore.node.store import Store
 from kvstore.statistics import NodeStatistics
@@ -30,6 +31,13 @@ class Host(Protocol):
 
     def open_writes(self) -> int:
         """Write leases of clients that are connected."""
+
+    def hand_over(self, connection: Connection, request_id: int) -> None:
+        """Stop, and hand the arena over to whoever asks for it on that connection of a unix socket.
+
+        Raises:
+            Unauthorized: it is another user's.
+        """
 
     def reclaim(self, resume: Sequence[bytes], held: Sequence[int]) -> list[Holder]:
         """A client is back: those of its lost sessions that still hold some of the leases `held`."""

@@ -65,6 +65,12 @@ class Movements:
         for lower in self.lowers:
             self._spawn(look_after(lower))
 
+    def leave(self) -> set[Block]:
+        """Begin nothing more. What the tiers below are still to get, which is somebody else's to write."""
+        for lower in self.lowers:
+            self.promoter.give_up_queued(lower)
+        return self.demoter.leave_all()
+
     async def stop(self) -> bool:
         """Write what is owed for a while, then let what is under way end; False if some of it hangs."""
         with suppress(TimeoutError):

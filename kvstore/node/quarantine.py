@@ -79,6 +79,11 @@ class Quarantine:
         """Those who are here."""
         return [ward.holder for ward in self._wards.values()]
 
+    def wards(self) -> list[tuple[bytes, Holder, int | None]]:
+        """Those who are here, as they were admitted; their pidfds are still owned here."""
+        wards = self._wards.items()
+        return [(id_, ward.holder, None if ward.pidfd < 0 else ward.pidfd) for id_, ward in wards]
+
     def _dismiss(self, session_id: bytes) -> None:
         ward = self._wards.pop(session_id)
         if ward.pidfd >= 0:

@@ -62,7 +62,7 @@ class Room:
         self._late: deque[Slot] = deque()  # freed slots that debug holds back
         self.late_bytes = 0
         self.limit_bytes = space.capacity_bytes
-        self._unready_bytes = 0 if memory is None else space.capacity_bytes
+        self._unready_bytes = 0 if memory is None else space.capacity_bytes - memory.statistics().ready_bytes
         self.evicted: list[Block] = []
         self._move_bytes_left = self._steps_left = 0
         self._evicted_blocks = self._evicted_bytes = self._moved_blocks = self._moved_bytes = 0

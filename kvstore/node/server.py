@@ -8,13 +8,14 @@ import socket
 import ssl
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from kvstore.errors import ConfigError, InvalidRequest, ProtocolError
+from kvstore.errors import ConfigError, InvalidRequest, ProtocolError, Unauthorized
 from kvstore.node.connection import Connection
+from kvstore.node.handover import Heir, same_user
 from kvstore.node.lease import Holder
 from kvstore.node.quarantine import Quarantine, peer_pidfd
 from kvstore.node.session import Session
@@ -51,16 +52,20 @@ class Server:
         *,
         node: str,
         epoch: int,
+        stop: Callable[[], None],
         token: str | None = None,
         limits: Limits | None = None,
     ) -> None:
+        """`stop` is called when `heir` is to have the arena."""
         self.store = store
         self.node = node
         self.epoch = epoch
         self.token = token
         self._arenas = tuple(arenas)
         self.limits = limits or Limits()
-        self._quarantine = Quarantine(store)
+        self.quarantine = Quarantine(store)
+        self.heir: Heir | None = None
+        self._stop = stop
         self._sessions: dict[Session, tuple[Connection, int | None]] = {}
         self._servers: list[asyncio.AbstractServer] = []
         self._started = time.monotonic()
@@ -71,6 +76,7 @@ class Server:
         self._tick: asyncio.TimerHandle | None = None
         self._next_sweep = 0.0
         self._socket_path: Path | None = None
+        self._hanging_up = False
 
     # Life.
 
@@ -112,22 +118,28 @@ class Server:
         """Begin to watch over connections and over the event loop itself."""
         self._tick = asyncio.get_running_loop().call_later(_TICK_S, self._watch, time.monotonic() + _TICK_S)
 
-    async def close(self) -> None:
-        """Accept no more, end all connections, give up all leases."""
+    async def hang_up(self) -> bool:
+        """Accept no more and end all connections. Whether they have ended."""
         if self._socket_path is not None:
             self._socket_path.unlink(missing_ok=True)
         if self._tick is not None:
             self._tick.cancel()
         for server in self._servers:
             server.close()
+        self._hanging_up = True
         for connection, _ in list(self._sessions.values()):
             connection.abort()
         until = time.monotonic() + _CLOSE_S
         while self._sessions and time.monotonic() < until:
             await asyncio.sleep(0.001)
+        await asyncio.sleep(0.001)  # what waited on their behalf ends, too
         if self._sessions:
             logger.error("%d sessions have not ended within %s s", len(self._sessions), _CLOSE_S)
-        self._quarantine.close()
+        return not self._sessions
+
+    def close(self) -> None:
+        """Give up all leases, once the connections have ended."""
+        self.quarantine.close()
 
     # Host of the sessions.
 
@@ -139,8 +151,17 @@ class Server:
     def arena_bytes(self) -> list[int]:
         return [arena.capacity_bytes for arena in self._arenas]
 
+    def hand_over(self, connection: Connection, request_id: int) -> None:
+        with connection.socket as sock:
+            if not same_user(sock):
+                raise Unauthorized(
+                    f"this daemon is user {os.geteuid()}'s; only that one, or root, may have it"
+                )
+            self.heir = self.heir or Heir(sock.dup(), request_id)
+        self._stop()
+
     def reclaim(self, resume: Sequence[bytes], held: Sequence[int]) -> list[Holder]:
-        back = [self._quarantine.reclaim(session_id, set(held)) for session_id in resume]
+        back = [self.quarantine.reclaim(session_id, set(held)) for session_id in resume]
         return [holder for holder in back if holder is not None]
 
     def leave(self, session: Session) -> None:
@@ -150,14 +171,14 @@ class Server:
         self._refused_frames += connection.failed
         self._bytes_received += connection.bytes_received
         self._bytes_sent += connection.bytes_sent
-        self._quarantine.admit(session.id, session.holder, pidfd)
+        self.quarantine.admit(session.id, session.holder, pidfd)
 
     def emptied(self, holder: Holder) -> None:
-        self._quarantine.emptied(holder)
+        self.quarantine.emptied(holder)
 
     def statistics(self) -> NodeStatistics:
         connections = [connection for connection, _ in self._sessions.values()]
-        quarantined = self._quarantine.holders()
+        quarantined = self.quarantine.holders()
         return NodeStatistics(
             node=self.node,
             epoch=self.epoch,
@@ -181,7 +202,7 @@ class Server:
 
     def check(self) -> list[str]:
         holders = [session.holder for session in self._sessions]
-        return self.store.check([*holders, *self._quarantine.holders()])
+        return self.store.check([*holders, *self.quarantine.holders()])
 
     # Helpers.
 
@@ -204,7 +225,9 @@ class Server:
             if pidfd is not None:
                 # A socket may outlive its process, in a child that was forked at a bad moment.
                 asyncio.get_running_loop().add_reader(pidfd, connection.abort)
-            if len(self._sessions) > self.limits.clients:
+            if self._hanging_up:  # the last that was let in
+                connection.abort()
+            elif len(self._sessions) > self.limits.clients:
                 connection.fail(
                     ProtocolError(f"{len(self._sessions)} clients; the limit is {self.limits.clients}")
                 )

@@ -12,11 +12,12 @@ from functools import partial
 from typing import Any, Final
 
 from kvstore import packing, protocol
-from kvstore.errors import InvalidRequest, KVStoreError, LeaseError, ProtocolError
+from kvstore.errors import InvalidRequest, KVStoreError, LeaseError, ProtocolError, Unauthorized
 from kvstore.node import patience
 from kvstore.node.connection import Connection, discarding
 from kvstore.node.greeting import Greeting
 from kvstore.node.handles import Handles
+from kvstore.node.handover import FORMAT
 from kvstore.node.host import Host
 from kvstore.node.lease import Grant, Holder, ReadLease
 from kvstore.node.promote import Shelves
@@ -61,6 +62,7 @@ class Session:
             protocol.Release: self._release,
             protocol.Remove: self._remove,
             protocol.Drain: self._drain,
+            protocol.HandOver: self._hand_over,
             protocol.Goodbye: self._goodbye,
             **questions.verbs(),
         }
@@ -317,6 +319,13 @@ class Session:
             return protocol.Drained(drain.under_way, tiers, blocks, nbytes, leases)
 
         self._answer_later(request_id, wait())
+
+    def _hand_over(self, request_id: int, request: protocol.HandOver) -> None:
+        if request.format != FORMAT:
+            raise InvalidRequest(f"format {request.format} asked for; this daemon hands over in {FORMAT}")
+        if not self.holder.maps:
+            raise Unauthorized("an arena is handed over on the unix socket alone")
+        self._host.hand_over(self._connection, request_id)
 
     def _goodbye(self, _: int, __: protocol.Goodbye) -> protocol.Answer:
         for task in self._tasks:  # or what is freed now would be granted to them
