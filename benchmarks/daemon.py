@@ -1,4 +1,4 @@
-"""Our daemon with NVMe below its arena, to be killed and started again. It measures nothing but its start."""
+"""Our daemon, NVMe or Redis below its arena, to be killed and started again. It measures only its start."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ class Place:
 class Daemon:
     """`kvstore serve` with its socket in a directory; `ready_s` is how long its last start took."""
 
-    def __init__(self, directory: Path, dram_bytes: int, nvme: Place | None) -> None:
+    def __init__(self, directory: Path, dram_bytes: int, nvme: Place | None, redis: str = "") -> None:
         self._directory = directory
         socket = directory / "node.sock"
         self.address = f"unix:{socket}"
@@ -37,6 +37,11 @@ class Daemon:
         self._command += ["--socket", str(socket), "--http", "127.0.0.1:0"]
         if nvme is not None:
             self._command += ["--nvme", f"{nvme.folder}:{nvme.capacity_bytes}"]
+        if redis:
+            # What is not written must not leave the arena: readers want all of it back.
+            config = directory / "node.toml"
+            config.write_text(f'[redis]\nurl = "{redis}"\nwrite = "owed"\n')
+            self._command += ["--config", str(config)]
         self._process: subprocess.Popen[bytes] | None = None
         self.ready_s = 0.0
 

@@ -41,7 +41,7 @@ from benchmarks.limits import MEMCPY
 from benchmarks.lmcache_commands import Commands
 from benchmarks.peers import PEER_TO_INSTALL
 from benchmarks.peers.base import filled_buffer, touched_buffer
-from benchmarks.processes import free_ports, listens, start_process, stop_process, wait_for
+from benchmarks.redis_server import RedisServer
 
 BENCH: Final = "lmcache"
 FILES, NATIVE_FILES, RESP, MOONCAKE = "fs", "fs_native", "resp", "mooncake_store"
@@ -163,29 +163,20 @@ class Redis:
     """
 
     def __init__(self, directory: Path, connections: int) -> None:
-        peer: Any = import_module("benchmarks.peers.redis")
+        client: Any = import_module("redis").Redis
         self._connections = connections
-        (self._port,) = free_ports(1)
-        command = ["env", "MALLOC_CONF=dirty_decay_ms:-1,muzzy_decay_ms:-1", peer.SERVER_BINARY]
-        command += ["--port", str(self._port), "--save", "", "--appendonly", "no", "--dir", str(directory)]
-        log = directory / "redis.log"
-        self._process = start_process(command, log)
-        try:
-            wait_for(partial(listens, self._port), self._process, log)
-            self._client = peer.redis.Redis(port=self._port)
-            self.version = str(self._client.info()["redis_version"])
-        except BaseException:
-            stop_process(self._process)
-            raise
+        self._server = RedisServer(directory)
+        self._client = client(port=self._server.port)
+        self.version = self._server.versions["redis-server"]
 
     @contextmanager
     def emptied(self, objects: Objects) -> Iterator[Mapping[str, Any]]:
         self._client.flushall()
-        yield {"type": RESP, "host": "127.0.0.1", "port": self._port, "num_workers": self._connections}
+        yield {"type": RESP, "host": "127.0.0.1", "port": self._server.port, "num_workers": self._connections}
 
     def close(self) -> None:
         self._client.close()
-        stop_process(self._process)
+        self._server.close()
 
 
 class Memcpy:

@@ -47,7 +47,7 @@ from benchmarks.harness import (
 )
 from benchmarks.peers.base import filled_buffer, touched_buffer
 from benchmarks.written import NAMESPACE, Written, block_key, written_tier
-from tiers.base import Transfer
+from tiers.base import StorageTier, Transfer
 from tiers.nvme import NvmeTier
 
 BENCH: Final = "nvme"
@@ -86,9 +86,9 @@ MISSING: Final = {
 class OurTier:
     """The tier as the store uses it: slots of its own, transfers, and calls on one event loop."""
 
-    def __init__(self, directory: Path, capacity_bytes: int) -> None:
+    def __init__(self, tier: StorageTier) -> None:
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-        self._tier = NvmeTier(directory / "tier", capacity_bytes)
+        self._tier = tier
         self._runner.run(self._tier.recover())
         self._blocks: Blocks | None = None
         self._transfers: list[Transfer] = []
@@ -127,8 +127,8 @@ class OurTier:
         for transfer, memory in zip(self._transfers, self._destinations, strict=True):
             transfer.memory = memory
         self._move(jobs, self._tier.read, shuffled=True)
-        if damaged := sum(transfer.damaged for transfer in self._transfers):
-            raise BenchmarkError(f"{damaged} blocks came back damaged")
+        if lost := sum(not transfer.arrived for transfer in self._transfers):
+            raise BenchmarkError(f"{lost} blocks came back damaged, or not at all")
 
     def hash(self, jobs: int) -> None:
         """Only the checksums of what is loaded."""
@@ -181,7 +181,7 @@ def _bandwidth_rows(directory: Path, settings: Settings) -> list[Row]:
     source, destination = filled_buffer(size_bytes), touched_buffer(size_bytes)
     rows = []
     with ExitStack() as exits:
-        tier = exits.enter_context(closing(OurTier(directory, size_bytes)))
+        tier = exits.enter_context(closing(OurTier(NvmeTier(directory / "tier", size_bytes))))
         peers: dict[str, Disk] = {
             RAW: RawFile(directory),
             HASHED: HashedFile(directory),

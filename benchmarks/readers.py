@@ -4,6 +4,7 @@ A document is a run of blocks that is read as a whole, as a prompt's prefix is. 
 from its number, so whoever reads it knows what must be there.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ from kvstore.client import StoreClient
 
 # How long a reader waits for what is below; what has not come by then counts as a miss.
 WAIT_S: Final = 10.0
+# Beyond that its answer is late: a machine with more processes than cores takes some of it.
+LATE_S: Final = 0.2
+# Whoever misses has something to compute.
+MISS_PAUSE_S: Final = 0.02
 ZIPF_EXPONENT: Final = 1.0
 _DRAWS: Final = 1 << 16
 _ODD: Final = 0x9E3779B97F4A7C15
@@ -73,12 +78,13 @@ class Documents:
 
 @dataclass(slots=True)
 class Tally:
-    """What one reader asked for and got, in blocks."""
+    """What one reader asked for and got, in blocks, and how many of its calls took longer than they may."""
 
     asked: int = 0
     hit: int = 0
     checked: int = 0
     wrong: int = 0
+    late: int = 0
 
     def add(self, other: "Tally") -> None:
         """Count another reader's too."""
@@ -86,6 +92,7 @@ class Tally:
         self.hit += other.hit
         self.checked += other.checked
         self.wrong += other.wrong
+        self.late += other.late
 
 
 def popularity(count: int) -> NDArray[np.float64]:
@@ -98,13 +105,13 @@ def popularity(count: int) -> NDArray[np.float64]:
 class Readers:
     """A fixed number of reading processes over the documents that one daemon has."""
 
-    def __init__(self, count: int, address: str, documents: Documents) -> None:
+    def __init__(self, count: int, address: str, documents: Documents, wait_s: float = WAIT_S) -> None:
         context = get_context("spawn")
         self._connections: list[Connection] = []
         self._processes = []
         for number in range(count):
             mine, theirs = context.Pipe()
-            work = (theirs, number, address, documents)
+            work = (theirs, number, address, documents, wait_s)
             process = context.Process(target=_serve, args=work, daemon=True)
             process.start()
             theirs.close()
@@ -148,14 +155,14 @@ def publish(client: StoreClient, documents: Documents) -> None:
             write.commit()
 
 
-def _serve(connection: Connection, number: int, address: str, documents: Documents) -> None:
+def _serve(connection: Connection, number: int, address: str, documents: Documents, wait_s: float) -> None:
     digests = documents.digests()
     chance = np.random.default_rng([_SEED, number])
     with suppress(EOFError), StoreClient.connect(address, timeout_s=30.0) as client:
         connection.send(None)
         while True:  # the other end closes when it has seen enough
             choice = connection.recv()
-            connection.send(_read(client, documents, digests, choice, chance, connection))
+            connection.send(_read(client, documents, digests, choice, chance, connection, wait_s))
 
 
 def _read(
@@ -165,6 +172,7 @@ def _read(
     choice: Choice,
     chance: np.random.Generator,
     connection: Connection,
+    wait_s: float,
 ) -> Tally:
     tally = Tally()
     for document in _drawn(documents.count, choice, chance):
@@ -172,13 +180,18 @@ def _read(
             connection.recv()
             break
         keys = documents.keys(document)
-        with client.acquire(NAMESPACE, keys, wait_s=WAIT_S) as read:
+        began = time.perf_counter()
+        with client.acquire(NAMESPACE, keys, wait_s=wait_s) as read:
+            tally.late += time.perf_counter() - began > wait_s + LATE_S
+            missed = read.hit_length < len(keys)
             tally.asked += len(keys)
             tally.hit += read.hit_length
             if choice is not Choice.UNIFORM:
                 found = [xxhash.xxh3_64_intdigest(view) for view in read.views]
                 tally.checked += len(found)
                 tally.wrong += sum(a != b for a, b in zip(found, digests[document], strict=False))
+        if missed:
+            time.sleep(MISS_PAUSE_S)
     return tally
 
 

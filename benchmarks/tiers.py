@@ -7,9 +7,8 @@ NVMe has nothing to do.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -18,7 +17,7 @@ from typing import Final
 
 import numpy as np
 
-from benchmarks.daemon import Daemon, Place, settle, tier_of
+from benchmarks.daemon import Daemon, Place, tier_of
 from benchmarks.disk import RAW, Blocks, RawFile, chosen_directory, describe
 from benchmarks.harness import (
     KIB,
@@ -38,23 +37,25 @@ from benchmarks.harness import (
 )
 from benchmarks.nvme import RECOVERED_BLOCKS, RECOVERED_SIZES
 from benchmarks.peers.base import filled_buffer
-from benchmarks.readers import WAIT_S, Choice, Documents, Readers, Tally, popularity, publish
+from benchmarks.readers import Choice, popularity
+from benchmarks.stage import (
+    CLIENTS,
+    DOCUMENT_BYTES,
+    PROBE_PAUSE_S,
+    SET_PER_ARENA,
+    Phase,
+    Stage,
+    latency_rows,
+    opened_stage,
+)
 from benchmarks.written import NAMESPACE, Written, block_key, written_tier
 from kvstore.block import Medium
-from kvstore.client import StoreClient
-from kvstore.statistics import NodeStatistics
 
 BENCH: Final = "tiers"
-CLIENTS: Final = 4
 BLOCK_SIZES: Final = {"2MiB": 2 * MIB, "256KiB": 256 * KIB}
 QUICK_SIZES: Final = ("2MiB",)
-DOCUMENT_BYTES: Final = 4 * MIB
-SET_PER_ARENA: Final = 4
 # What the daemon reads and writes at once.
 JOBS: Final = 4
-PROBED_BLOCKS: Final = 2
-# Often enough that the probed blocks are never the coldest, and seldom enough to cost little.
-PROBE_PAUSE_S: Final = 0.001
 
 IDLE, LOADING, CHECKING, IN_DRAM = "NVMe idle", "NVMe saturated", "Zipf readers", "same readers in DRAM"
 IDLE_P50: Final = "p50, NVMe idle"
@@ -74,17 +75,6 @@ TARGETS: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Phase:
-    """What some seconds showed: the probe's latencies, and where the readers' blocks were, in percent."""
-
-    p50_us: float
-    p99_us: float
-    loaded_mb_s: float
-    in_dram: float
-    tally: Tally
-
-
 def run(settings: Settings) -> Report:
     """Every size under load, then the kill, then the starts."""
     rows: list[Row] = []
@@ -92,116 +82,44 @@ def run(settings: Settings) -> Report:
         directory = Path(name)
         for size, block_bytes in BLOCK_SIZES.items():
             if size in QUICK_SIZES or not settings.quick:
-                with _stage(directory, block_bytes, settings) as stage:
-                    rows += _load_rows(stage, size, settings)
+                with _stage_and_limit(directory, block_bytes, settings) as (stage, raw_file):
+                    rows += _load_rows(stage, raw_file, size, settings)
         rows += [_killed_row(directory, settings), *_ready_rows(directory, settings)]
         caption = _caption(directory, settings)
     return Report(BENCH, rows, judge(rows, TARGETS), caption)
 
 
-@dataclass(frozen=True, slots=True)
-class _Stage:
-    """A daemon, its readers, a client that probes, and the limit beside them."""
-
-    client: StoreClient
-    readers: Readers
-    documents: Documents
-    raw: RawFile
-    arena_bytes: int
-    phase_s: float
-    lead_s: float  # before a phase counts, so that readers have begun
-
-    @property
-    def probed_keys(self) -> list[bytes]:
-        """Blocks of no document."""
-        first = self.documents.count * self.documents.blocks
-        return [block_key(first + number) for number in range(PROBED_BLOCKS)]
-
-    def store(self) -> float:
-        """MB/s of storing all documents until the last one is written, after removing them."""
-        for document in range(self.documents.count):
-            self.client.remove(NAMESPACE, self.documents.keys(document))
-
-        def store_all() -> None:
-            publish(self.client, self.documents)
-            settle(self.client)
-
-        return self.documents.count * DOCUMENT_BYTES / seconds(store_all) / 1e6
-
-    def phase(self, choice: Choice | None) -> _Phase:
-        """Probe while the readers read, or while they do nothing."""
-        for key in self.probed_keys:
-            self.client.get(NAMESPACE, key)
-        if choice is not None:
-            self.readers.begin(choice)
-        time.sleep(self.lead_s)
-        before, began = self.client.statistics(), time.perf_counter()
-        latencies, missed = self._probe(began + self.phase_s)
-        after, ended = self.client.statistics(), time.perf_counter()
-        tally = self.readers.end() if choice is not None else Tally()
-        if missed > len(latencies):
-            raise BenchmarkError(f"{missed} of {missed + len(latencies)} probed blocks were not in DRAM")
-        p50, p99 = (1e6 * float(bound_s) for bound_s in np.percentile(latencies, (50, 99)))
-        read_bytes = _nvme_bytes_read(after) - _nvme_bytes_read(before)
-        in_dram = _dram_rate(before, after, len(latencies), missed)
-        return _Phase(p50, p99, read_bytes / (ended - began) / 1e6, in_dram, tally)
-
-    def _probe(self, until: float) -> tuple[list[float], int]:
-        """How long acquires took that found their block in DRAM, and how many did not."""
-        latencies: list[float] = []
-        missed = 0
-        keys = self.probed_keys
-        while (began := time.perf_counter()) < until:
-            key = keys[(len(latencies) + missed) % len(keys)]
-            with self.client.acquire(NAMESPACE, [key]) as read:
-                took_s = time.perf_counter() - began
-            if read.hit_length:
-                latencies.append(took_s)
-            else:
-                missed += 1
-                self.client.acquire(NAMESPACE, [key], wait_s=WAIT_S).release()
-            time.sleep(PROBE_PAUSE_S)
-        return latencies, missed
-
-
 @contextmanager
-def _stage(directory: Path, block_bytes: int, settings: Settings) -> Iterator[_Stage]:
-    arena_bytes = settings.pick(256, 128) * MIB
-    set_bytes = SET_PER_ARENA * arena_bytes
-    documents = Documents(set_bytes // DOCUMENT_BYTES, DOCUMENT_BYTES // block_bytes, block_bytes)
-    raw_buffer = filled_buffer(arena_bytes)
-    with ExitStack() as exits:
-        folder = Path(exits.enter_context(TemporaryDirectory(prefix="node-", dir=directory)))
-        daemon = exits.enter_context(Daemon(folder, arena_bytes, Place(folder / "tier", 2 * set_bytes)))
-        client = exits.enter_context(daemon.client())
-        readers = exits.enter_context(closing(Readers(CLIENTS, daemon.address, documents)))
-        raw = exits.enter_context(closing(RawFile(folder)))
-        raw.prepare(Blocks(block_bytes, raw_buffer, raw_buffer))
-        phase_s, lead_s = (0.2, 0.1) if settings.quick else (2.0, 0.3)
-        stage = _Stage(client, readers, documents, raw, arena_bytes, phase_s, lead_s)
-        for key in stage.probed_keys:
-            client.put(NAMESPACE, key, bytes(block_bytes))
-        yield stage
+def _stage_and_limit(
+    directory: Path, block_bytes: int, settings: Settings
+) -> Iterator[tuple[Stage, RawFile]]:
+    with (
+        opened_stage(directory, block_bytes, settings, nvme=True) as stage,
+        closing(RawFile(directory)) as raw,
+    ):
+        buffer = filled_buffer(stage.arena_bytes)
+        raw.prepare(Blocks(block_bytes, buffer, buffer))
+        yield stage, raw
 
 
-def _load_rows(stage: _Stage, size: str, settings: Settings) -> list[Row]:
+def _load_rows(stage: Stage, raw_file: RawFile, size: str, settings: Settings) -> list[Row]:
     def raw(move: Callable[[int], None]) -> float:
         return stage.arena_bytes / seconds(partial(move, JOBS)) / 1e6
 
-    stored = medians({OURS: stage.store, RAW: partial(raw, stage.raw.store)}, settings.rounds)
+    stored = medians({OURS: stage.store, RAW: partial(raw, raw_file.store)}, settings.rounds)
     raw_loads: list[float] = []
     choices = {IDLE: None, LOADING: Choice.UNIFORM, CHECKING: Choice.ZIPF, IN_DRAM: Choice.FEW}
 
-    def phase(choice: Choice | None) -> _Phase:
+    def phase(choice: Choice | None) -> Phase:
         if choice is None:  # once a round
-            raw_loads.append(raw(stage.raw.load))
+            raw_loads.append(raw(raw_file.load))
         return stage.phase(choice)
 
     phases = interleaved({name: partial(phase, choice) for name, choice in choices.items()}, settings.rounds)
     rows = [
         row(BENCH, f"stored, {size}", "MB/s", "higher", stored, RAW),
-        *_latency_rows(phases, LOADING, [], size),
-        *_latency_rows(phases, CHECKING, [IN_DRAM], size),
+        *latency_rows(BENCH, phases, LOADING, IDLE, [], size),
+        *latency_rows(BENCH, phases, CHECKING, IDLE, [IN_DRAM], size),
     ]
     limit = Limit(RAW, median(raw_loads[1:]))
     for name in (LOADING, CHECKING):
@@ -210,23 +128,7 @@ def _load_rows(stage: _Stage, size: str, settings: Settings) -> list[Row]:
     return rows + _hit_rows(stage, phases[CHECKING], [p for taken in phases.values() for p in taken], size)
 
 
-def _latency_rows(
-    phases: Mapping[str, Sequence[_Phase]], busy: str, peers: Sequence[str], size: str
-) -> list[Row]:
-    rows = []
-    for field in ("p50", "p99"):
-        figures = {
-            name: median(getattr(phase, f"{field}_us") for phase in phases[name])
-            for name in (busy, IDLE, *peers)
-        }
-        figures[OURS] = figures.pop(busy)
-        if field == "p99":
-            figures[IDLE_P50] = median(phase.p50_us for phase in phases[IDLE])
-        rows.append(row(BENCH, f"DRAM hit {field}, {busy}, {size}", "µs", "lower", figures, IDLE))
-    return rows
-
-
-def _hit_rows(stage: _Stage, checking: Sequence[_Phase], phases: Sequence[_Phase], size: str) -> list[Row]:
+def _hit_rows(stage: Stage, checking: Sequence[Phase], phases: Sequence[Phase], size: str) -> list[Row]:
     fitting = stage.arena_bytes // DOCUMENT_BYTES
     hottest = 100 * float(popularity(stage.documents.count)[:fitting].sum())
     wrong = sum(phase.tally.wrong for phase in phases)
@@ -290,21 +192,6 @@ def _ready_s(written: Written | None) -> float:
             if recovered != written.blocks:
                 raise BenchmarkError(f"{recovered} of {written.blocks} blocks recovered")
         return daemon.ready_s
-
-
-def _nvme_bytes_read(statistics: NodeStatistics) -> int:
-    return tier_of(statistics, Medium.NVME).counters.read_bytes
-
-
-def _dram_rate(before: NodeStatistics, after: NodeStatistics, hits: int, misses: int) -> float:
-    """Percent of the blocks that readers asked for which were in DRAM.
-
-    `hits` and `misses` are the probe's, which asks again for what it misses.
-    """
-    first, last = (tier_of(each, Medium.DRAM).counters for each in (before, after))
-    hit = last.hit_blocks - first.hit_blocks - hits
-    missed = last.missed_blocks - first.missed_blocks - 2 * misses
-    return 100 * hit / max(1, hit + missed)
 
 
 def _caption(directory: Path, settings: Settings) -> str:

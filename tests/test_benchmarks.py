@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -143,10 +145,15 @@ def test_batches_cover_every_block_once_and_stay_small() -> None:
     assert max(map(len, big.batches())) == 4
 
 
-def test_the_nvme_tier_is_measured_where_it_is_told_to_be(tmp_path: Path) -> None:
-    contents, _ = run_quick(
-        ["nvme", "--rounds", "1"], tmp_path / "rows.json", KVSTORE_BENCH_DIR=str(tmp_path)
-    )
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A folder with a name so short that a socket far below it has a path that the system takes."""
+    with TemporaryDirectory(prefix="kvstore-") as folder:
+        yield Path(folder)
+
+
+def test_the_nvme_tier_is_measured_where_it_is_told_to_be(place: Path) -> None:
+    contents, _ = run_quick(["nvme", "--rounds", "1"], place / "rows.json", KVSTORE_BENCH_DIR=str(place))
     cases = {row["case"]: row for row in contents["rows"]}
     assert {"store 2MiB, 1 under way", "load 2MiB, 4 under way", "recover 64KiB"} <= set(cases)
     assert all(set(found) == FIELDS and found["ours"] > 0 for found in cases.values())
@@ -157,13 +164,11 @@ def test_the_nvme_tier_is_measured_where_it_is_told_to_be(tmp_path: Path) -> Non
     }
     assert "O_DIRECT" in contents["captions"]["nvme"]
     assert contents["targets"]["nvme"]
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+    assert [path.name for path in place.iterdir()] == ["rows.json"]
 
 
-def test_a_node_with_nvme_loses_nothing_while_it_is_measured(tmp_path: Path) -> None:
-    contents, _ = run_quick(
-        ["tiers", "--rounds", "1"], tmp_path / "rows.json", KVSTORE_BENCH_DIR=str(tmp_path)
-    )
+def test_a_node_with_nvme_loses_nothing_while_it_is_measured(place: Path) -> None:
+    contents, _ = run_quick(["tiers", "--rounds", "1"], place / "rows.json", KVSTORE_BENCH_DIR=str(place))
     cases = {row["case"]: row for row in contents["rows"]}
     assert all(set(found) == FIELDS for found in cases.values())
     assert cases["wrong blocks, 2MiB"]["ours"] == 0
@@ -171,7 +176,19 @@ def test_a_node_with_nvme_loses_nothing_while_it_is_measured(tmp_path: Path) -> 
     assert cases["back after SIGKILL"]["ours"] == 100
     assert cases["loaded, NVMe saturated, 2MiB"]["ours"] > 0
     assert cases["ready with 64KiB blocks"]["ours"] > 0
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+    assert [path.name for path in place.iterdir()] == ["rows.json"]
+
+
+def test_redis_is_measured_alone_and_below_a_node(tmp_path: Path) -> None:
+    contents, _ = run_quick(["redis", "--rounds", "1"], tmp_path / "rows.json")
+    cases = {row["case"]: row for row in contents["rows"]}
+    assert all(set(found) == FIELDS for found in cases.values())
+    assert set(cases["store 2MiB, unix, one client"]["peers"]) == {"redis-py", "checksum known"}
+    assert set(cases["load 2MiB, TCP, four clients"]["peers"]) == {"redis-py"}
+    assert cases["loaded by a node, 2MiB"]["ours"] > 0
+    assert cases["DRAM hit p50, Redis hangs, 2MiB"]["ours"] > 0
+    assert cases["wrong blocks"]["ours"] == 0
+    assert "redis-server" in contents["versions"]
 
 
 def test_the_trace_is_replayed_and_judged(tmp_path: Path) -> None:

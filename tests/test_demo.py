@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[1]
 TOKEN_BYTES = 4 * 2 * 2 * 64 * 4
 PROMPT_BYTES = 4096 * TOKEN_BYTES
 BLOCK_BYTES = 256 * TOKEN_BYTES
+TOKENS = [1, 2, 3]
+DECODES = ("decode from the store", "decode after the daemon was killed", "decode on another node")
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +33,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]
     """One run: what it printed and what it wrote."""
     json_path = tmp_path_factory.mktemp("demo") / "demo.json"
     command = [sys.executable, "-m", "benchmarks.demo", "--json", str(json_path)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150, check=False)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout, json.loads(json_path.read_text())
 
 
 def test_decode_from_the_store_gives_the_tokens_of_a_run_without_it(demo: tuple[str, dict[str, Any]]) -> None:
     printed, verdict = demo
-    for index, name in enumerate(("decode from the store", "decode after the daemon was killed")):
+    for index, name in enumerate(DECODES):
         assert verdict["comparisons"][index] == {
             "name": name,
             "first_difference": None,
@@ -53,7 +55,7 @@ def test_decode_from_the_store_gives_the_tokens_of_a_run_without_it(demo: tuple[
 
 def test_zeroed_and_swapped_blocks_change_the_tokens(demo: tuple[str, dict[str, Any]]) -> None:
     _, verdict = demo
-    name_to_control = {control["name"]: control for control in verdict["comparisons"][2:]}
+    name_to_control = {control["name"]: control for control in verdict["comparisons"][len(DECODES) :]}
     for name in (
         "all KV zeroed",
         "one block zeroed",
@@ -69,7 +71,7 @@ def test_the_bytes_moved_are_those_of_the_prompts_kv(demo: tuple[str, dict[str, 
     assert verdict["published_bytes"] == PROMPT_BYTES
     assert verdict["fetched_bytes"] == PROMPT_BYTES
     assert verdict["held_bytes"] == PROMPT_BYTES + BLOCK_BYTES
-    assert verdict["loaded_bytes"] == PROMPT_BYTES
+    assert verdict["loaded_bytes"] == verdict["elsewhere_bytes"] == PROMPT_BYTES
     assert f"{PROMPT_BYTES:,}" in printed
 
 
@@ -79,13 +81,22 @@ def test_the_store_brings_the_first_token_sooner(demo: tuple[str, dict[str, Any]
     assert "TTFT without the store" in printed
     assert "TTFT with the store" in printed
     assert 0 < verdict["ttft_after_kill_s"] < verdict["ttft_without_store_s"]
+    assert 0 < verdict["ttft_elsewhere_s"] < verdict["ttft_without_store_s"]
+    assert "TTFT on another node, through Redis" in printed
 
 
 def test_other_tokens_from_the_store_fail_the_demo() -> None:
     assert _verdict().passed
     assert not _verdict(decoded=[1, 2, 4]).passed
     assert not _verdict(returned=[1, 2, 4]).passed
+    assert not _verdict(elsewhere=[1, 2, 4]).passed
     assert "differ from #3" in table(_verdict(decoded=[1, 2, 4]))
+
+
+def test_without_a_redis_server_one_node_is_shown_and_that_is_said() -> None:
+    verdict = _verdict(elsewhere=None)
+    assert verdict.passed
+    assert "no TTFT on another node" in table(verdict)
 
 
 def test_a_control_that_changes_nothing_fails_the_demo() -> None:
@@ -109,6 +120,7 @@ def _verdict(
     control_digests: list[str] | None = None,
     read_bytes: int = PROMPT_BYTES,
     returned: list[int] | None = None,
+    elsewhere: list[int] | None = TOKENS,
     loaded_bytes: int = PROMPT_BYTES,
 ) -> Verdict:
     """The verdict on reports of a run that went well, but for what is given."""
@@ -125,4 +137,7 @@ def _verdict(
             controls=[control],
         ),
         ReturnReport(Generation(returned or [1, 2, 3], 0.1), DIGESTS, 0.2, loaded_bytes),
+        None
+        if elsewhere is None
+        else ReturnReport(Generation(list(elsewhere), 0.1), DIGESTS, 0.3, PROMPT_BYTES),
     )

@@ -1,4 +1,4 @@
-"""The demo: prefill in one process, decode in another, the KV between them only in the store.
+"""The demo: prefill in one process, decode in others, the KV between them only in the store.
 
 It proves that what the store gives back is what an engine needs: real forward passes of a small Llama,
 and exactly the tokens of a run without the store. It is neither an engine (one request, no batching, no

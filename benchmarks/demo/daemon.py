@@ -14,13 +14,19 @@ _STOPPED_WITHIN_S: Final = 10.0
 
 
 @contextmanager
-def running_daemon(socket: Path, dram: str, nvme: str) -> Iterator[subprocess.Popen[bytes]]:
+def running_daemon(
+    socket: Path, dram: str, *, nvme: str = "", redis: str = ""
+) -> Iterator[subprocess.Popen[bytes]]:
     """A daemon that listens on `socket`, until the block ends; then SIGTERM, as an operator would.
+
+    Below its arena it has what is given: `nvme`, a directory and its size, and `redis`, a URL.
 
     Raises:
         SystemExit: it did not come up, or did not end well, unless it was killed within the block.
     """
-    command = [sys.executable, "-m", "kvstore", "serve", "--dram", dram, "--nvme", nvme]
+    command = [sys.executable, "-m", "kvstore", "serve", "--dram", dram]
+    for flag, value in (("--nvme", nvme), ("--redis", redis)):
+        command += [flag, value] if value else []
     command += ["--socket", str(socket), "--http", "127.0.0.1:0"]
     socket.unlink(missing_ok=True)
     daemon = subprocess.Popen(command)

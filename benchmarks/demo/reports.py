@@ -52,7 +52,8 @@ class DecodeReport(msgspec.Struct, frozen=True):
 
 
 class ReturnReport(msgspec.Struct, frozen=True):
-    """The run with a daemon that was killed and is back: all it has, it has from its disk.
+    """A run with a daemon that has nothing in its arena: one that was killed and is back, from its disk, or
+    one of another node, from Redis.
 
     `loaded_bytes` is the daemon's own count of what it read there.
     """

@@ -78,7 +78,7 @@ def run_decode(socket: str) -> DecodeReport:
 
 
 def run_return(socket: str) -> ReturnReport:
-    """Fetch the prompt's KV from a daemon that has it on its disk only, and go on."""
+    """Fetch the prompt's KV from a daemon that has it below its arena only, and go on."""
     model, prompt = _warm_model(), _prompt()
     with StoreClient.connect(socket) as store:
         ttft_s, kv = _time_to_first_token(store, model, prompt, wait_s=_LOADED_WITHIN_S)

@@ -33,7 +33,10 @@ class Comparison(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """All that the demo shows; `python -m benchmarks.demo --json FILE` writes it."""
+    """All that the demo shows; `python -m benchmarks.demo --json FILE` writes it.
+
+    `elsewhere` is another node, None where there is no Redis to reach it by.
+    """
 
     passed: bool
     comparisons: list[Comparison]
@@ -48,18 +51,32 @@ class Verdict(msgspec.Struct, frozen=True):
     ttft_with_store_s: float
     ttft_after_kill_s: float
     loaded_bytes: int
+    ttft_elsewhere_s: float | None
+    elsewhere_bytes: int | None
     ttft_ratio: float
     rounds: int
 
 
-def judge(alone: AloneReport, prefill: PrefillReport, decode: DecodeReport, back: ReturnReport) -> Verdict:
+def judge(
+    alone: AloneReport,
+    prefill: PrefillReport,
+    decode: DecodeReport,
+    back: ReturnReport,
+    elsewhere: ReturnReport | None,
+) -> Verdict:
     """Compare. The bytes moved must be those of the prompt's blocks; the daemon holds one block more."""
     comparisons = [
         _compare_decode("decode from the store", alone, prefill, decode.generation, decode.digests),
         _compare_decode("decode after the daemon was killed", alone, prefill, back.generation, back.digests),
     ]
+    loaded = [back]
+    if elsewhere is not None:
+        name = "decode on another node"
+        comparisons.append(_compare_decode(name, alone, prefill, elsewhere.generation, elsewhere.digests))
+        loaded.append(elsewhere)
     comparisons += [_compare_control(alone, prefill, control) for control in decode.controls]
-    all_moved = prefill.written_bytes == decode.read_bytes == back.loaded_bytes == PROMPT_BLOCKS * BLOCK_BYTES
+    moved = [prefill.written_bytes, decode.read_bytes, *(report.loaded_bytes for report in loaded)]
+    all_moved = all(moved_bytes == PROMPT_BLOCKS * BLOCK_BYTES for moved_bytes in moved)
     all_held = decode.held_bytes == (PROMPT_BLOCKS + 1) * BLOCK_BYTES
     without_store_s, with_store_s = median(alone.ttft_s), median(decode.ttft_s)
     return Verdict(
@@ -76,6 +93,8 @@ def judge(alone: AloneReport, prefill: PrefillReport, decode: DecodeReport, back
         ttft_with_store_s=with_store_s,
         ttft_after_kill_s=back.ttft_s,
         loaded_bytes=back.loaded_bytes,
+        ttft_elsewhere_s=None if elsewhere is None else elsewhere.ttft_s,
+        elsewhere_bytes=None if elsewhere is None else elsewhere.loaded_bytes,
         ttft_ratio=without_store_s / with_store_s,
         rounds=len(decode.ttft_s),
     )
@@ -96,6 +115,7 @@ def table(verdict: Verdict) -> str:
         f"{'TTFT with the store':50}{_ms(verdict.ttft_with_store_s)}   median of {verdict.rounds}, "
         f"{verdict.ttft_ratio:.0f} times sooner",
         f"{'TTFT from disk, after SIGKILL and a new daemon':50}{_ms(verdict.ttft_after_kill_s)}   once",
+        *_on_another_node(verdict),
         f"{'bytes published by the prefill process':50}{verdict.published_bytes:>10,}",
         f"{'bytes fetched by the decode process':50}{verdict.fetched_bytes:>10,}",
         f"{'bytes loaded from disk after SIGKILL':50}{verdict.loaded_bytes:>10,}",
@@ -105,6 +125,15 @@ def table(verdict: Verdict) -> str:
         "passed" if verdict.passed else "FAILED",
     ]
     return "\n".join(lines)
+
+
+def _on_another_node(verdict: Verdict) -> list[str]:
+    if verdict.ttft_elsewhere_s is None:
+        return ["no TTFT on another node: there is no redis-server here"]
+    return [
+        f"{'TTFT on another node, through Redis':50}{_ms(verdict.ttft_elsewhere_s)}   once",
+        f"{'bytes loaded from Redis by another node':50}{verdict.elsewhere_bytes:>10,}",
+    ]
 
 
 def _compare_decode(

