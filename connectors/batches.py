@@ -31,6 +31,8 @@ _WINDOWS_OF_PINNED: Final = 4
 _PATIENCE_S: Final = 1.0
 # Between two looks at a block that somebody else is writing.
 _LOOK_S: Final = 0.005
+# How long the daemon may ask tiers that it shares with others for what it does not know.
+_ASK_S: Final = 0.5
 
 
 class Batches:
@@ -108,7 +110,8 @@ class Batches:
             fetch(missing)
             return loaded
         # Whatever happens, nobody writes into the caller's buffers after this.
-        pools.share(self._waiters, fetch, self._windows(items, missing), partial(self._copier.copy, pairs))
+        windows = self._windows(items, missing, deadline)
+        pools.share(self._waiters, fetch, windows, partial(self._copier.copy, pairs))
         return loaded
 
     def stop(self) -> None:
@@ -228,7 +231,7 @@ class Batches:
                 self._closed.wait(_LOOK_S)  # the disk is slow, or others of ours have pinned too much
             window = missing
 
-    def _windows(self, items: Sequence[Item], missing: Sequence[int]) -> list[list[int]]:
+    def _windows(self, items: Sequence[Item], missing: Sequence[int], deadline: float) -> list[list[int]]:
         """The missing blocks that are here at all, in windows of some bytes."""
         windows: list[list[int]] = []
         window_bytes = room_bytes = 0
@@ -238,7 +241,8 @@ class Batches:
                 with self._daemon.asking() as store:
                     share = store.limits.pinned_bytes // _WINDOWS_OF_PINNED // self._threads
                     window_bytes = min(_WINDOW_BYTES, share)
-                    lengths = store.length_each([items[index] for index in part])
+                    wait_s = min(_ASK_S, _left_s(deadline))
+                    lengths = store.length_each([items[index] for index in part], wait_s=wait_s)
             except KVStoreError:
                 break
             for index, length in zip(part, lengths, strict=True):

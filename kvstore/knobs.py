@@ -140,7 +140,8 @@ class RedisConfig:
     missing_s: float = _knob(2.0, "what is not in Redis is not asked for again so long")
     threads: int = _knob(4, "calls under way at once")
     timeout_s: float = _knob(
-        2.0, "a call that takes longer is late: the tier is then left alone until it is back", live=True
+        2.0,
+        "a call that takes longer, and longer than its bytes at 8 MB/s, is late: the tier is then left alone",
     )
 
 

@@ -13,6 +13,7 @@ import selectors
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from math import inf
 from types import SimpleNamespace, TracebackType
 from typing import Any, ParamSpec, Self
 from unittest.mock import patch
@@ -263,6 +264,8 @@ class ScriptedTier:
     `started` is called with each call that begins.
     """
 
+    slowest_bytes_per_s = inf
+
     def __init__(self, disk: Disk, *, name: str = "nvme", medium: Medium = Medium.NVME) -> None:
         self.disk = disk
         self.name = name
@@ -271,6 +274,7 @@ class ScriptedTier:
         self.holding: set[str] = set()
         self.calls: list[Call] = []
         self.started: Callable[[Call], None] = lambda _: None
+        self.interrupts = 0
         self.forgotten: set[int] = set()
         self.wrong: list[str] = []
         self._identity: object | None = None
@@ -331,6 +335,9 @@ class ScriptedTier:
 
     async def same(self) -> bool:
         return self._identity is not None and bool(await self._call("same"))
+
+    def interrupt(self) -> None:
+        self.interrupts += 1
 
     async def probe(self) -> None:
         self._check_open()

@@ -364,6 +364,7 @@ def test_without_a_time_to_live_nothing_expires_and_with_one_all_does(server: Se
 
 
 def test_what_a_killed_writer_leaves_expires(server: Server, node: Node) -> None:
+    before = _connected(server)
     with Proxy(("127.0.0.1", server.port), bytes_per_s=60e6) as proxy:
         url = proxy.address.replace("tcp", "redis")
         with subprocess.Popen([sys.executable, "-m", __name__, url]) as writer:
@@ -372,7 +373,7 @@ def test_what_a_killed_writer_leaves_expires(server: Server, node: Node) -> None
             proxy.up_open.clear()
             writer.send_signal(signal.SIGKILL)
         proxy.up_open.set()
-        wait_for(lambda: b"kvstore" not in b"".join(_client_names(server)))
+        wait_for(lambda: _connected(server) <= before)
     left = parts(server)
     assert left
     assert names(server) == left
@@ -383,13 +384,14 @@ def test_what_a_killed_writer_leaves_expires(server: Server, node: Node) -> None
     assert node.read([stored]) == expected([stored])
 
 
-def _client_names(server: Server) -> list[bytes]:
-    return [each["name"].encode() for each in server.client.client_list() if each["addr"].count("127.0.0.1")]
+def _connected(server: Server) -> set[str]:
+    return {each["id"] for each in server.client.client_list()}
 
 
 def test_headers_of_another_format_are_passed_over_and_left_alone(server: Server, node: Node) -> None:
     (stored,) = node.write([(b"later", 5000)])
     fields = msgspec.msgpack.decode(server.client.get(header(server)))
+    fields[5] = b"another"  # the nonce
     later = msgspec.msgpack.encode([FORMAT + 1, "of", "another", "shape", *fields])
     server.client.set(header(server), later)
     held = names(server)
@@ -638,11 +640,11 @@ def test_killed_it_fails_at_once_and_is_there_again_after_a_start() -> None:
 
 def test_stopped_it_fails_in_time_and_goes_on_after_that(server: Server) -> None:
     with Node(RedisPlace(server.url, timeout_s=0.3)) as node:
-        stored = node.write(items(4, "stopped", 3 * MIB))
+        stored = node.write(items(4, "stopped", 100 * KIB))
         with server.stopped():
             for call in (
                 node.tier.read(stored),
-                node.tier.write([node.block(b"during", 3 * MIB)]),
+                node.tier.write([node.block(b"during", 100 * KIB)]),
                 node.tier.find([(NAMESPACE, b"during")]),
                 node.tier.same(),
             ):
@@ -651,7 +653,7 @@ def test_stopped_it_fails_in_time_and_goes_on_after_that(server: Server) -> None
                 assert 0.2 < time.monotonic() - started < 0.3 + SLACK_S
         node.heals()
         assert node.read(stored) == expected(stored)
-        (again,) = node.write([(b"during", 3 * MIB)])
+        (again,) = node.write([(b"during", 100 * KIB)])
         assert node.read([again]) == expected([again])
 
 
@@ -692,6 +694,115 @@ def test_what_redis_evicts_is_a_miss_and_its_header_goes(server: Server, node: N
     finally:
         server.client.config_set("maxmemory", 0)
         server.client.config_set("maxmemory-policy", "noeviction")
+
+
+def test_reading_a_block_uses_its_header_too_or_it_would_be_the_first_to_be_evicted(
+    server: Server, node: Node
+) -> None:
+    (stored,) = node.write([(b"hot", 3 * MIB)])
+    wait_for(lambda: min(map(server.client.object, ["idletime"] * 3, names(server))) >= 2)
+    assert node.read([stored]) == expected([stored])
+    assert max(map(server.client.object, ["idletime"] * 3, names(server))) <= 1
+    node.forget([stored])
+
+
+def test_parts_without_their_header_are_a_miss_and_go(server: Server, node: Node) -> None:
+    (stored,) = node.write([(b"headless", 3 * MIB)])
+    server.client.delete(node.name(b"headless"))
+    assert node.read([stored]) == ["missing"]
+    node.forget([stored])
+    assert names(server) == []
+
+
+def test_what_is_no_string_is_in_nobodys_way_but_its_own(server: Server, node: Node) -> None:
+    server.client.rpush(node.name(b"list"), "of another kind")
+    kept = node.write([*items(3, "good"), (b"list", 5000)])
+    assert [each.key for each in kept] == [b"good0", b"good1", b"good2"]
+    assert node.find(b"list", b"nothing") == [None, None]
+    assert node.read([node.found(each.key) for each in kept]) == expected(kept)
+    part = Names("kvstore").parts(kept[0].record)[0]
+    server.client.delete(part)
+    server.client.rpush(part, "of another kind")
+    assert node.read(kept) == ["missing", *expected(kept[1:])]
+    server.client.delete(node.name(b"list"), part)
+
+
+def test_a_huge_value_under_a_headers_name_is_thrown_away_in_time(server: Server, node: Node) -> None:
+    junk = bytes(64 * MIB)
+    for key in (b"found", b"written"):
+        server.client.set(node.name(key), junk)
+    assert node.find(b"found") == [None]
+    assert node.write([(b"written", 5000)]) == []
+    for key in (b"found", b"written"):
+        (stored,) = node.write([(key, 5000)])
+        assert node.read([stored]) == expected([stored])
+
+
+@pytest.mark.parametrize("claim", [(1 << 46, 1 << 40), (1 << 30, PART_BYTES + 1)])
+def test_a_header_that_claims_what_cannot_be_is_none(
+    server: Server, node: Node, claim: tuple[int, int]
+) -> None:
+    (stored,) = node.write([(b"claimed", 5000)])
+    fields = msgspec.msgpack.decode(server.client.get(node.name(b"claimed")))
+    fields[3], fields[6] = claim
+    server.client.set(node.name(b"claimed"), msgspec.msgpack.encode(fields))
+    assert node.find(b"claimed") == [None]
+    node.forget([stored])
+
+
+def test_a_header_with_a_field_more_is_read_and_can_be_deleted(server: Server, node: Node) -> None:
+    node.write([(b"wider", 5000)])
+    fields = msgspec.msgpack.decode(server.client.get(node.name(b"wider")))
+    server.client.set(node.name(b"wider"), msgspec.msgpack.encode([*fields, "more"]))
+    found = node.found(b"wider")
+    assert node.read([found]) == expected([found])
+    node.forget([found])
+    assert names(server) == []
+
+
+def test_a_call_may_take_longer_by_what_its_bytes_need() -> None:
+    with Server() as server, Proxy(("127.0.0.1", server.port), bytes_per_s=20e6) as proxy:
+        place = RedisPlace(proxy.address.replace("tcp", "redis"), timeout_s=0.3)
+        with Node(place) as node:
+            block = node.block(b"slow", 16 * MIB)
+            node._runner.run(node.tier.write([block]))  # 0.8 s
+            assert block.record is not None
+
+
+def test_a_call_that_is_interrupted_ends_soon(server: Server) -> None:
+    with Node(RedisPlace(server.url, timeout_s=30.0)) as node:
+        (stored,) = node.write([(b"interrupted", 5000)])
+
+        async def late() -> float:
+            with server.stopped():
+                calls = [node.tier.read([stored]), node.tier.find([(NAMESPACE, b"interrupted")])]
+                tasks = [asyncio.ensure_future(call) for call in calls]
+                await asyncio.wait(tasks, timeout=0.3)
+                started = time.monotonic()
+                while not all(task.done() for task in tasks):
+                    node.tier.interrupt()
+                    await asyncio.wait(tasks, timeout=0.05)
+                assert all(isinstance(task.exception(), TierError) for task in tasks)
+                return time.monotonic() - started
+
+        stored.memory = pages(5000)
+        assert node._runner.run(late()) < SLACK_S
+        assert node.read([stored]) == expected([stored])
+
+
+def test_a_user_may_do_all_that_is_needed_by_what_the_readme_says() -> None:
+    found = re.search(r"`~kvstore:\* ([^`]+)`", Path("README.md").read_text())
+    assert found is not None
+    with Server(user="kv", password="secret") as server:
+        rights = ["on", ">secret", "~kvstore:*", *found[1].split()]
+        server.client.execute_command("ACL SETUSER", "kv", "reset", *rights)
+        with Node(server.url) as node:
+            stored = node.write(items(4, "allowed", 3 * MIB))
+            assert node.read([node.found(each.key) for each in stored]) == expected(stored)
+            assert node.run(node.tier.same())
+            node.run(node.tier.probe())
+            node.forget(stored)
+            assert names(server) == []
 
 
 def test_a_replica_that_is_read_only_says_what_to_do(sentinels: Sentinels) -> None:

@@ -76,7 +76,6 @@ ARRIVALS: dict[str, tuple[Any, Callable[[Stage, Server], Any], Any]] = {
     "redis.enabled": (False, lambda stage, _: stage.lowers[1].failing, "it is turned off"),
     "redis.write": ("owed", lambda stage, _: stage.lowers[1].rules.owed, True),
     "redis.admit_hits": (3, lambda stage, _: stage.lowers[1].rules.admit_hits, 3),
-    "redis.timeout_s": (7.5, lambda stage, _: stage.lowers[1].rules.timeout_s, 7.5),
     "limits.client_pinned_fraction": (0.25, lambda _, server: server.limits.client_pinned_fraction, 0.25),
     "limits.client_reserved_fraction": (0.25, lambda _, server: server.limits.client_reserved_fraction, 0.25),
     "limits.clients": (7, lambda _, server: server.limits.clients, 7),

@@ -157,8 +157,11 @@ class StorageTier(Tier, Space, Protocol):
     """A tier below the arena, which keeps blocks over a restart. For one event loop.
 
     Space is handed out synchronously; what takes time is awaited, and several calls may be under way at once.
-    Cancelling a call does not stop it: memory and slots are the tier's until the call would have ended.
+    Cancelling a call does not stop it: memory and slots are the tier's until the call would have ended. One
+    may take as much longer as its bytes need at `slowest_bytes_per_s` before it is late.
     """
+
+    slowest_bytes_per_s: float
 
     async def recover(self) -> list[Transfer]:
         """Open what is stored and say what it holds, oldest first, with slots taken and nothing in memory.
@@ -207,6 +210,9 @@ class StorageTier(Tier, Space, Protocol):
         Raises:
             TierError: that cannot be told now.
         """
+
+    def interrupt(self) -> None:
+        """Some call is late: have those that can be ended fail soon. Takes no time."""
 
     async def probe(self) -> None:
         """Write and read a little.

@@ -79,7 +79,7 @@ def decode_header(data: bytes, namespace_id: bytes, key: bytes) -> Header | None
         header.namespace.id == namespace_id
         and header.key == key
         and header.length > 0
-        and header.part_bytes > 0
+        and 0 < header.part_bytes <= PART_BYTES
         and 0 <= header.checksum < 1 << 64
         and header.parts <= _PARTS_MAX
         and len(header.nonce) == NONCE_BYTES

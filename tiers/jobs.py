@@ -4,6 +4,7 @@ What was begun goes on to its end, also when nobody waits any more; what it hold
 """
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,8 @@ class Jobs:
     """Runs work of a tier, called `name` in errors, that lies at `place`.
 
     `translate` makes a TierError of what `work` raised during an action, or None of what is a mistake.
-    `give_back` is called once, after `close` and after the last piece of work, in some thread.
+    `give_back` is called once, after `close` and after the last piece of work, in some thread. The threads
+    are less important than others by `niceness`.
     """
 
     def __init__(
@@ -29,12 +31,15 @@ class Jobs:
         *,
         translate: Callable[[str, Exception], TierError | None],
         give_back: Callable[[], None],
+        niceness: int = 0,
     ) -> None:
         self._name = name
         self._place = place
         self._translate = translate
         self._give_back = give_back
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._executor = ThreadPoolExecutor(
+            threads, thread_name_prefix=name, initializer=_begin, initargs=(niceness,)
+        )
         # Over how many jobs run, and who gives back after the last; never held over I/O.
         self._guard = threading.Lock()
         self.running = 0
@@ -80,3 +85,9 @@ class Jobs:
                 last = self._closed and not self.running
             if last:
                 self._give_back()
+
+
+def _begin(niceness: int) -> None:
+    """On Linux a priority is a thread's own."""
+    if niceness:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)

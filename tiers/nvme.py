@@ -13,6 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
@@ -57,6 +58,7 @@ class NvmeTier:
     """
 
     medium = Medium.NVME
+    slowest_bytes_per_s = inf
 
     def __init__(self, folder: Path, capacity_bytes: int, *, name: str = "nvme", threads: int = 4) -> None:
         if capacity_bytes < _CAPACITY_BYTES_MIN:
@@ -114,6 +116,9 @@ class NvmeTier:
         return self._open is not None and await asyncio.shield(
             self._jobs.start("looking at its files", self._open.same)
         )
+
+    def interrupt(self) -> None:
+        """Nothing: what a disk does cannot be ended."""
 
     async def probe(self) -> None:
         await asyncio.shield(self._jobs.start("writing a little", self._opened().probe))

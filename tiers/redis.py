@@ -16,19 +16,23 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
+from msgspec.structs import replace
+
 from kvstore.block import Medium, Namespace
 from kvstore.errors import TierError
 from tiers.base import Found, Slot, TierStatistics, Transfer
 from tiers.header import Header, Names
 from tiers.jobs import Jobs
 from tiers.ledger import Ledger
-from tiers.redis_blocks import RedisBlocks
+from tiers.redis_blocks import SLOWEST_BYTES_PER_S, RedisBlocks
 from tiers.redis_servers import FAILURES
 from tiers.redis_servers import RedisPlace as RedisPlace
 from tiers.redis_servers import RedisServers as RedisServers
 from tiers.resp import ServerError
 
 _ASKING_THREADS: Final = 2
+# What moves bytes gives way to the event loop, on which everybody waits (benchmarks redis).
+_NICENESS: Final = 10
 
 # What redis-py says of each server that it tried: other words every time, and no new line of the log each.
 _DETAILS: Final = re.compile(r" <.*> -|(?<=node:) .* connecting to \S+")
@@ -39,7 +43,8 @@ _REMEDIES: Final = {
     "readonly": "it is a replica: name the primary, or use redis+sentinel://",
     "password": "check redis.username and redis.password_file",
     "authentication": "check redis.username and redis.password_file",
-    "permission": "allow that user GET, SET, DEL, STRLEN, PERSIST, PEXPIRE, PING and EVAL",
+    "permission": "allow that user GET, SET, MGET, DEL, STRLEN, PERSIST, PEXPIRE, EVAL, PING, in a cluster "
+    "CLUSTER and COMMAND too",
     "certificate": "check its certificate and redis.tls_ca",
     "_ssl.c": "see whether it speaks TLS, and check redis.tls_certificate if it asks for one",
     "loading": "it will be back once it has loaded its data",
@@ -54,6 +59,7 @@ class RedisTier:
     """
 
     medium = Medium.REMOTE
+    slowest_bytes_per_s = SLOWEST_BYTES_PER_S
 
     def __init__(
         self,
@@ -76,7 +82,9 @@ class RedisTier:
         place = str(servers)
         self._open = 2  # kinds of threads that still use the servers
         self._closing = threading.Lock()
-        threads_of = partial(Jobs, translate=self._translated, give_back=self._close_servers)
+        threads_of = partial(
+            Jobs, translate=self._translated, give_back=self._close_servers, niceness=_NICENESS
+        )
         self._bulk = threads_of(name, place, threads)
         # Questions do not wait behind blocks' bytes.
         self._asking = threads_of(f"{name}-asking", place, _ASKING_THREADS)
@@ -101,7 +109,11 @@ class RedisTier:
         headers = await asyncio.shield(
             self._asking.start(f"asking for {len(blocks)} blocks", partial(self._blocks.headers, names))
         )
-        return [None if h is None else Found(h.length, h.checksum, h) for h in headers]
+        # Headers share what the asker has: each namespace and key of their own would be 600 bytes.
+        return [
+            None if h is None else Found(h.length, h.checksum, replace(h, namespace=namespace, key=key))
+            for h, (namespace, key) in zip(headers, blocks, strict=True)
+        ]
 
     async def write(self, transfers: Sequence[Transfer]) -> None:
         if self._forgotten or self._deleting.locked():
@@ -136,6 +148,9 @@ class RedisTier:
         with suppress(TierError):  # what cannot be deleted now is tried again: that says nothing of the rest
             await self._delete(())
         return same
+
+    def interrupt(self) -> None:
+        self._servers.interrupt()
 
     async def probe(self) -> None:
         await asyncio.shield(self._asking.start("writing a little", self._blocks.probe))

@@ -16,14 +16,16 @@ from kvstore.errors import TierError
 from tiers.base import Transfer
 from tiers.header import Header, Names, NewerFormat, decode_header, encode_header, new_header
 from tiers.redis_servers import CHANGING, RedisServers, socket_of
-from tiers.resp import ServerError, Wire, command
+from tiers.resp import Piece, ServerError, Wire, command
 
 logger = logging.getLogger(__name__)
 
+# Under a node's own load a transfer is not to count as late that is slower than its time says but goes on.
+SLOWEST_BYTES_PER_S: Final = 8e6
 # Parts of a block whose header has not come to stand by then are nobody's.
 UNFINISHED_S: Final = 60
-# Asked for ahead of the part that is being received; more only fills the server's buffers.
-_AHEAD: Final = 2
+# Asked for before it is received; more only fills the server's buffers (benchmarks redis).
+_AHEAD_BYTES: Final = 2 << 20
 # One line of the log at most in this time for blocks that are not as they should be.
 _SILENCE_S: Final = 60.0
 # Blocks deleted by one round of scripts.
@@ -45,11 +47,16 @@ for i = 2, #KEYS do
 end
 return 1
 """
-# KEYS: the header, the parts. ARGV: the header's value, which must be what stands there for it to go.
+# KEYS: the header, the parts. ARGV: the header's nonce, or all of it: it goes only if it has that.
 _DELETE: Final = """
-if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
+local header = redis.call('GET', KEYS[1])
+if header and string.find(header, ARGV[1], 1, true) then redis.call('DEL', KEYS[1]) end
 for i = 2, #KEYS do redis.call('DEL', KEYS[i]) end
 """
+
+
+# A name to ask for, and where its value goes; a header has no such place.
+_Step = tuple[Transfer, str, memoryview | None]
 
 
 class RedisBlocks:
@@ -78,7 +85,7 @@ class RedisBlocks:
 
     def read(self, transfers: Sequence[Transfer]) -> None:
         """Fill each `memory`, or set `damaged` or `missing`."""
-        deadline = time.monotonic() + self._timeout_s
+        deadline = self._deadline(transfers)
         for pool, group in self._by_server(transfers):
             sums = {transfer: xxhash.xxh3_64() for transfer in group}
             with socket_of(pool) as sock:
@@ -92,7 +99,7 @@ class RedisBlocks:
 
     def write(self, transfers: Sequence[Transfer]) -> None:
         """Store what is not there already, and set each `record`, or `refused`."""
-        deadline = time.monotonic() + self._timeout_s
+        deadline = self._deadline(transfers)
         for pool, group in self._by_server([t for t in transfers if not t.dropped]):
             with socket_of(pool) as sock:
                 moved = self._send(Wire(sock, deadline), group)
@@ -101,27 +108,30 @@ class RedisBlocks:
 
     def _send(self, wire: Wire, transfers: Sequence[Transfer]) -> list[Transfer]:
         """Write those that are not there; the answer are those that a cluster is just moving."""
-        for transfer in transfers:
-            wire.send(command("GET", self._name(transfer)))
-        headers = {transfer: _header_of(transfer) for transfer in transfers}  # meanwhile
+        wire.send([piece for transfer in transfers for piece in command("GET", self._name(transfer))])
+        headers = {transfer: _header_of(transfer) for transfer in transfers[:1]}  # meanwhile
         moved: list[Transfer] = []
         absent: list[Transfer] = []
-        for transfer, header in headers.items():
+        for transfer in transfers:
             try:
                 standing = wire.reply()
             except ServerError as error:
-                _unless_moved(error)
-                moved.append(transfer)
+                if _is_moving(error):
+                    moved.append(transfer)
+                else:
+                    transfer.refused = True
                 continue
             if standing is None:
                 absent.append(transfer)
             else:
-                self._second(transfer, header, standing)
+                self._second(transfer, _header_of(transfer), standing)
         for transfer in absent:
-            header = headers[transfer]
-            for name, piece in self._pieces(transfer, header):
-                wire.send(command("SET", name, piece, "PX", UNFINISHED_S * 1000))
-            wire.send(command("EVAL", _COMMIT, header.parts + 1, *self._commit_of(header)))
+            # Summed up just before they are sent, the bytes come from memory once.
+            header = headers[transfer] = headers.get(transfer) or _header_of(transfer)
+            pieces: list[Piece] = []
+            for name, part in self._pieces(transfer, header):
+                pieces += command("SET", name, part, "PX", UNFINISHED_S * 1000)
+            wire.send([*pieces, *command("EVAL", _COMMIT, header.parts + 1, *self._commit_of(header))])
         return moved + [t for t in absent if not self._answered(wire, t, headers[t])]
 
     def _answered(self, wire: Wire, transfer: Transfer, header: Header) -> bool:
@@ -136,11 +146,11 @@ class RedisBlocks:
             outcome = wire.reply()
         except ServerError as last:
             error = error or last
-        if error is not None:
-            _unless_moved(error)
-            return False
-        self._committed(transfer, header, outcome)
-        return True
+        if error is None:
+            self._committed(transfer, header, outcome)
+            return True
+        transfer.refused = not _is_moving(error)
+        return transfer.refused
 
     def _committed(self, transfer: Transfer, header: Header, outcome: Any) -> None:
         """Hear the script: 1, or 0 for another's header that stands, or -1 for parts that are gone."""
@@ -175,14 +185,14 @@ class RedisBlocks:
 
     def _read_by_library(self, transfer: Transfer, sums: dict[Transfer, Any]) -> None:
         sums[transfer] = xxhash.xxh3_64()
-        transfer.missing = False
+        transfer.missing = not _names(self._client.get(self._name(transfer)), transfer)
         for name, piece in self._pieces(transfer, transfer.record):
-            value = self._client.get(name)
-            if value is None:
-                transfer.missing = True
+            value = None if transfer.missing else self._client.get(name)
+            if value is None or len(value) != len(piece):
+                transfer.missing = value is None
+                transfer.damaged = value is not None
                 return
-            if len(value) == len(piece):
-                piece[:] = value
+            piece[:] = value
             sums[transfer].update(value)
 
     def _write_by_library(self, transfer: Transfer) -> None:
@@ -202,12 +212,10 @@ class RedisBlocks:
 
     def headers(self, names: Sequence[tuple[bytes, bytes]]) -> list[Header | None]:
         """The headers that stand under these names, asked for in one batch."""
-        pipeline = self._client.pipeline(transaction=False)
-        for namespace_id, key in names:
-            pipeline.get(self._names.header(namespace_id, key))
+        values = self._servers.values([self._names.header(*name) for name in names])
         return [
             None if value is None else self._decoded(value, namespace_id, key)
-            for (namespace_id, key), value in zip(names, pipeline.execute(), strict=True)
+            for (namespace_id, key), value in zip(names, values, strict=True)
         ]
 
     def delete(self, headers: Sequence[Header], names: Sequence[tuple[bytes, bytes]]) -> None:
@@ -219,7 +227,7 @@ class RedisBlocks:
             for header in doomed[start : start + _DELETED_AT_ONCE]:
                 keys = self._keys(header)
                 # A cluster's pipeline has no `eval` of its own.
-                pipeline.execute_command("EVAL", _DELETE, len(keys), *keys, encode_header(header))
+                pipeline.execute_command("EVAL", _DELETE, len(keys), *keys, header.nonce)
             pipeline.execute()
 
     def mark(self) -> None:
@@ -291,8 +299,15 @@ class RedisBlocks:
             raise ValueError("a transfer without memory cannot be read or written; give it whole pages")
         return zip(self._names.parts(header), header.pieces(transfer.memory), strict=True)
 
-    def _steps(self, transfer: Transfer) -> Iterator[tuple[Transfer, str, memoryview]]:
-        return ((transfer, name, piece) for name, piece in self._pieces(transfer, transfer.record))
+    def _steps(self, transfer: Transfer) -> Iterator[_Step]:
+        """The header too, not only to see that it stands: or an LRU would find it the coldest of all."""
+        yield transfer, self._name(transfer), None
+        for name, piece in self._pieces(transfer, transfer.record):
+            yield transfer, name, piece
+
+    def _deadline(self, transfers: Sequence[Transfer]) -> float:
+        nbytes = sum([transfer.length for transfer in transfers])
+        return time.monotonic() + self._timeout_s + nbytes / SLOWEST_BYTES_PER_S
 
     def _by_server(self, transfers: Sequence[Transfer]) -> Iterator[tuple[Any, list[Transfer]]]:
         """The transfers of each server, with its connections."""
@@ -304,35 +319,61 @@ class RedisBlocks:
         return iter(groups.values())
 
 
-def _receive(
-    wire: Wire, steps: Sequence[tuple[Transfer, str, memoryview]], sums: dict[Transfer, Any]
-) -> list[Transfer]:
-    """Receive parts in their order, and sum them up; the answer are blocks that a cluster is just moving."""
+def _receive(wire: Wire, steps: Sequence[_Step], sums: dict[Transfer, Any]) -> list[Transfer]:
+    """Receive what the steps name, and sum parts up; the answer are blocks that a cluster is just moving."""
     moved: dict[Transfer, None] = {}
-    asked = 0
-    for number, (transfer, _, piece) in enumerate(steps):
-        while asked < min(len(steps), number + _AHEAD):
-            wire.send(command("GET", steps[asked][1]))
+    asked = ahead_bytes = 0
+
+    def ask() -> None:
+        nonlocal asked, ahead_bytes
+        pieces: list[Piece] = []
+        while asked < len(steps):
+            _, name, piece = steps[asked]
+            if ahead_bytes and ahead_bytes + len(piece or b"") > _AHEAD_BYTES:
+                break
+            pieces += command("GET", name)
+            ahead_bytes += len(piece or b"")
             asked += 1
+        wire.send(pieces)
+
+    ask()
+    for transfer, _, piece in steps:
+        length = None
         try:
-            length = wire.value_into(piece)
+            if piece is None:
+                length = 0 if _names(wire.reply(), transfer) else None
+            else:
+                length = wire.value_into(piece)
         except ServerError as error:
-            _unless_moved(error)
-            moved[transfer] = None
-            continue
+            if _is_moving(error):
+                moved[transfer] = None
+        ahead_bytes -= len(piece or b"")
+        ask()  # before summing up, so that the server goes on meanwhile
         if length is None:
             transfer.missing = True
-        elif length != len(piece):
+        elif length != len(piece or b""):
             transfer.damaged = True
-        else:
+        elif piece is not None:
             sums[transfer].update(piece)
     return list(moved)
 
 
-def _unless_moved(error: ServerError) -> None:
-    """Raise it, unless it says that another server of the cluster has the block, or will have."""
-    if not str(error).startswith(("MOVED ", "ASK ", "TRYAGAIN ")):
-        raise error
+def _names(header: Any, transfer: Transfer) -> bool:
+    """Whether that is the header whose parts are to be read."""
+    return isinstance(header, bytes) and transfer.record.nonce in header
+
+
+def _is_moving(error: ServerError) -> bool:
+    """Whether another server of the cluster has the block, or will have; else it is the block's own fault.
+
+    Raises:
+        ServerError: it is the server's.
+    """
+    if str(error).startswith(("MOVED ", "ASK ", "TRYAGAIN ")):
+        return True
+    if str(error).startswith("WRONGTYPE "):  # somebody else's use of our names
+        return False
+    raise error
 
 
 def _header_of(transfer: Transfer) -> Header:

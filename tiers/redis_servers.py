@@ -6,8 +6,8 @@ out their connections. Valkey is the same. Nothing here knows a block.
 
 import socket
 import ssl
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -99,6 +99,24 @@ class RedisServers:
             return self.client.get_redis_connection(node).connection_pool
         return self.client.connection_pool  # type: ignore[union-attr]
 
+    def values(self, names: Sequence[str]) -> list[bytes | None]:
+        """What stands under each name, in one round; None for nothing, and for what is no string."""
+        if not isinstance(self.client, RedisCluster):
+            values: Any = self.client.mget(names)  # type: ignore[union-attr]
+            if not isinstance(values, list) or len(values) != len(names):
+                raise ConnectionError(
+                    f"{len(names)} values were asked for, and {values!r:.40} is no such list"
+                )
+            return values
+        pipeline = self.client.pipeline()
+        for name in names:
+            pipeline.get(name)
+        found = pipeline.execute(raise_on_error=False)
+        for value in found:
+            if isinstance(value, Exception) and not str(value).startswith("WRONGTYPE"):
+                raise value
+        return [None if isinstance(value, Exception) else value for value in found]
+
     def covering(self, prefix: str) -> list[str]:
         """Names that begin with `prefix`, at least one for every server."""
         if not isinstance(self.client, RedisCluster):
@@ -111,6 +129,14 @@ class RedisServers:
                 break
         return list(found.values())
 
+    def interrupt(self) -> None:
+        """Shut down all connections in use: whoever waits for an answer there gets an error now."""
+        for pool in self._pools():
+            for connection in list(pool._in_use_connections):
+                if (sock := connection._sock) is not None:
+                    with suppress(OSError):
+                        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # also below TLS
+
     def close(self) -> None:
         """Close all idle connections; those in use when they are given back."""
         client, self.client = self.client, None
@@ -119,6 +145,13 @@ class RedisServers:
 
     def _everywhere(self) -> dict[str, Any]:
         return {"target_nodes": RedisCluster.PRIMARIES} if isinstance(self.client, RedisCluster) else {}
+
+    def _pools(self) -> list[Any]:
+        if isinstance(self.client, RedisCluster):
+            clients = [node.redis_connection for node in self.client.get_nodes()]
+        else:
+            clients = [self.client]
+        return [client.connection_pool for client in clients if client is not None]
 
     # One for each form of URL.
 
@@ -152,7 +185,6 @@ class RedisServers:
             "socket_connect_timeout": place.timeout_s,
             "socket_keepalive": True,
             "protocol": 2,
-            "client_name": "kvstore",
         }
         if self._tls:
             options |= {
@@ -173,8 +205,9 @@ def socket_of(pool: ConnectionPool) -> Iterator[socket.socket]:
     """A connection's socket, for a conversation past redis-py; one that fails in the middle is closed."""
     connection: Any = pool.get_connection()
     try:
-        yield connection._sock
-        connection._sock.settimeout(connection.socket_timeout)
+        sock = connection._sock
+        yield sock
+        sock.settimeout(connection.socket_timeout)
     except BaseException:
         connection.disconnect()
         raise

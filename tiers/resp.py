@@ -16,6 +16,8 @@ from typing import Final
 _AHEAD_BYTES: Final = 64
 # Longer lines than errors have do not come from Redis.
 _LINE_BYTES_MAX: Final = 64 << 10
+# Longer values have a place to go to.
+_VALUE_BYTES_MAX: Final = 64 << 10
 # The kernel takes so many pieces at once (IOV_MAX).
 _PIECES_MAX: Final = 1024
 
@@ -62,7 +64,7 @@ class Wire:
                     views[0] = views[0][sent:]
 
     def reply(self) -> int | bytes | None:
-        """The next answer: a number, a status, a short value, or None for none.
+        """The next answer: a number, a status, a value's first 64 KiB, or None for none.
 
         Raises:
             ServerError: it is an error.
@@ -87,7 +89,7 @@ class Wire:
         Raises:
             ServerError: it is an error.
         """
-        line = self._line()
+        line = self._line(len(b"$%d\r\n" % len(view)))  # and none of the value, which goes into the view
         if line[:1] == b"-":
             raise ServerError(line[1:].decode(errors="replace"))
         if line[:1] != b"$":
@@ -108,9 +110,11 @@ class Wire:
     def _value(self, length: int) -> bytes | None:
         if length < 0:
             return None
-        value = bytes(self._exactly(length))
+        value = bytearray(min(length, _VALUE_BYTES_MAX))
+        self._fill(memoryview(value))
+        self._discard(length - len(value))
         self._exactly(2)
-        return value
+        return bytes(value)
 
     def _discard(self, length: int) -> None:
         waste = memoryview(bytearray(min(length, 1 << 20)))
@@ -119,11 +123,11 @@ class Wire:
             self._fill(piece)
             length -= len(piece)
 
-    def _line(self) -> bytes:
+    def _line(self, ahead_bytes: int = _AHEAD_BYTES) -> bytes:
         while (end := self._ahead.find(b"\r\n")) < 0:
             if len(self._ahead) > _LINE_BYTES_MAX:
                 raise ConnectionError(f"an answer's first line is above {_LINE_BYTES_MAX} bytes")
-            self._more()
+            self._more(ahead_bytes)
         line = bytes(self._ahead[:end])
         del self._ahead[: end + 2]
         return line
@@ -135,10 +139,10 @@ class Wire:
         del self._ahead[:nbytes]
         return data
 
-    def _more(self) -> None:
+    def _more(self, ahead_bytes: int = _AHEAD_BYTES) -> None:
         self._limit(socket.SO_RCVTIMEO)
         try:
-            data = self._sock.recv(_AHEAD_BYTES)
+            data = self._sock.recv(ahead_bytes)
         except BlockingIOError as exc:
             raise TimeoutError("no answer in time") from exc
         if not data:

@@ -4,7 +4,8 @@ import asyncio
 import logging
 import random
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from itertools import islice
+from typing import Any, Final, TypeVar
 
 from kvstore.errors import ConfigError, TierError
 from kvstore.node.aside import as_transfer, read_aside
@@ -13,6 +14,9 @@ from kvstore.node.lower import Lower
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# The shortest of so many blocks is read to see whether a tier can read.
+_PROBED_OF: Final = 64
 
 
 async def look_after(lower: Lower) -> None:
@@ -63,7 +67,8 @@ async def _probe(lower: Lower) -> None:
     """Write a little and read a block, if there is one: a disk may do the one and not the other."""
     await lower.tier.probe()
     shelves = lower.directory.shelves()
-    stored = next((block for shelf in shelves for block in shelf.sealed.values()), None)
+    some = islice((block for shelf in shelves for block in shelf.sealed.values()), _PROBED_OF)
+    stored = min(some, key=lambda block: block.length, default=None)
     if stored is not None:
         lower.directory.pin([stored])
         try:
@@ -89,5 +94,6 @@ async def _in_time(lower: Lower, operation: Coroutine[Any, Any, T]) -> T:
     task.add_done_callback(over)
     done, _ = await asyncio.wait({task}, timeout=lower.rules.timeout_s)
     if not done:
+        lower.tier.interrupt()
         raise TimeoutError
     return task.result()

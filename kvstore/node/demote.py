@@ -321,7 +321,8 @@ class Demoter:
 
     async def _run(self, lower: Lower, writes: list[_Write]) -> None:
         operation = lower.tier.write([write.transfer for write in writes])
-        well = await lower.attempt(operation, lower.writes, lambda: None)
+        nbytes = sum([write.block.length for write in writes])
+        well = await lower.attempt(operation, lower.writes, lambda: None, nbytes=nbytes)
         lower.calls -= 1
         lower.writing -= 1
         stored = [write.below for write in writes if self._ended_below(lower, write, well=well)]

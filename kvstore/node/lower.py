@@ -148,23 +148,30 @@ class Lower:
     # I/O.
 
     async def attempt(
-        self, operation: Coroutine[Any, Any, None], latencies: Latencies, late: Callable[[], None]
+        self,
+        operation: Coroutine[Any, Any, None],
+        latencies: Latencies,
+        late: Callable[[], None],
+        *,
+        nbytes: int = 0,
     ) -> bool:
         """Await a call of the tier to its very end, and keep the breaker informed. Whether it went well.
 
-        `late` is called once if it takes longer than it may: whoever waits should wait no more, but memory
-        and slots are the tier's until this returns.
+        `late` is called once if it takes longer than a call of `nbytes` may: whoever waits should wait no
+        more, but memory and slots are the tier's until this returns.
         """
         in_time = True
+        timeout_s = self.rules.timeout_s + nbytes / self.tier.slowest_bytes_per_s
 
         def on_late() -> None:
             nonlocal in_time
             in_time = False
             self.counters.late_calls += 1
-            self.trip(f"no answer within {self.rules.timeout_s} s")
+            self.trip(f"no answer within {timeout_s:g} s")
             late()
+            self.tier.interrupt()
 
-        timer = asyncio.get_running_loop().call_later(self.rules.timeout_s, on_late)
+        timer = asyncio.get_running_loop().call_later(timeout_s, on_late)
         started = time.monotonic()
         try:
             await operation

@@ -11,7 +11,7 @@ from kvstore.node.arena import ROOM, Arena
 from kvstore.node.blocks import Block, Shelf, State
 from kvstore.node.care import look_after
 from kvstore.node.demote import Demoter
-from kvstore.node.finder import Finder
+from kvstore.node.finder import ASKED_AT_ONCE, Finder
 from kvstore.node.lower import Lower
 from kvstore.node.promote import Promoter, Shelves
 from kvstore.node.rules import Rules
@@ -42,7 +42,7 @@ class Movements:
         self.demoter = Demoter(arena, lowers)
         self.promoter = Promoter(arena, lowers, promoted=self._promoted, wanted=self.demoter.want)
         self._finders = [
-            Finder(lower, lower.tier, missing_s=missing_s)
+            Finder(lower, lower.tier, missing_s=missing_s, length_max=arena.tier.capacity_bytes)
             for lower in lowers
             if isinstance(lower.tier, SharedTier)
         ]
@@ -131,6 +131,14 @@ class Movements:
             over = [tier for tier in tiers if tier.room.used_bytes > tier.room.limit_bytes]
             self._trimming = self._spawn(_trim(over)) if over else None
 
+    def away(self) -> list[str]:
+        """Which tiers are left alone, and why: a clause for each."""
+        return [
+            f"tier {low.name} fails: {low.failing}" if low.enabled else f"tier {low.name} is turned off"
+            for low in self.lowers
+            if low.failing
+        ]
+
     # Readers.
 
     def below(self, shelves: Shelves, key: bytes) -> bool:
@@ -141,8 +149,18 @@ class Movements:
         """Whether a shared tier is worth asking for a block that is not here."""
         return any(finder.may_know(shelves[0], key) for finder in self._finders)
 
+    async def find_prefix(self, shelves: Shelves, keys: Sequence[bytes], timeout_s: float) -> None:
+        """As `find`, for keys of which none is of use behind one that nobody has."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        for start in range(0, len(keys), ASKED_AT_ONCE):
+            turn = [(shelves, key) for key in keys[start : start + ASKED_AT_ONCE]]
+            await self.find(turn, deadline - loop.time())
+            if not all(shelves[0].resident(key) or self.below(shelves, key) for _, key in turn):
+                return
+
     async def find(self, items: Sequence[tuple[Shelves, bytes]], timeout_s: float) -> None:
-        """Ask the shared tiers, in one batch each, for what of these is not here, for up to `timeout_s`.
+        """Ask the shared tiers for what of these is not here, for up to `timeout_s`.
 
         What they have can be loaded then. Cancelling, and the end of the time, leave the question to itself.
         """
@@ -153,12 +171,11 @@ class Movements:
         ]
         if not unknown or not self._finders:
             return
-        asked: set[asyncio.Task[None]] = set()
-        for finder in self._finders:
-            number = self.lowers.index(finder.lower) + 1
-            asked |= finder.ask([(shelves[number], key) for shelves, key in unknown])
-        if asked:
-            await asyncio.wait(asked, timeout=timeout_s)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                for finder in self._finders:
+                    number = self.lowers.index(finder.lower) + 1
+                    await finder.find([(shelves[number], key) for shelves, key in unknown])
 
     def readable(self, shelves: Shelves) -> Shelves:
         """The shelves, with empty ones for tiers that cannot be asked now."""
@@ -201,10 +218,14 @@ class Movements:
         """
         names = [(shelves[0].namespace.id, key) for key in keys]
         buried = await asyncio.gather(*[lower.bury(names) for lower in self.lowers])
-        failing = [lower.name for lower, done in zip(self.lowers, buried, strict=True) if not done]
+        failing = [
+            f"tier {lower.name} {'fails' if lower.enabled else 'is turned off'}"
+            for lower, done in zip(self.lowers, buried, strict=True)
+            if not done
+        ]
         if failing:
             raise TierError(
-                f"{len(names)} keys are hidden, but {', '.join(failing)} fails: until it is back, a restart "
+                f"{len(names)} keys are hidden, but {', '.join(failing)}: until it is back, a restart "
                 "of the daemon may bring them back; remove them again once it is"
             )
 

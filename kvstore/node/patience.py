@@ -48,7 +48,7 @@ async def acquire(
         if len(lease.blocks) < len(keys) and not lease.limited:
             missing = keys[len(lease.blocks) :]
             _prefix_under_way(store, holder, lease, shelves, missing)  # meanwhile
-            await store.movements.find([(shelves, key) for key in missing], wait_s)
+            await store.movements.find_prefix(shelves, missing, wait_s)
             readers.extend(holder, shelves[0], lease, keys)
         while len(lease.blocks) < len(keys) and not lease.limited:
             remaining = deadline - time.monotonic()

@@ -194,9 +194,9 @@ class Promoter:
 
         operation = lower.tier.read([load.transfer for load in loads])
         started = time.monotonic()
-        well = await lower.attempt(operation, lower.reads, late)
+        read_bytes = sum([load.source.length for load in loads])
+        well = await lower.attempt(operation, lower.reads, late, nbytes=read_bytes)
         if well:
-            read_bytes = sum([load.source.length for load in loads])
             lower.pace.observe(read_bytes, time.monotonic() - started, lower.reading)
         lower.reading -= 1
         self._end(lower, loads, well=well)

@@ -1,6 +1,7 @@
 """What a client asks without holding anything: hits, lists, statistics, checks. For one connection."""
 
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from kvstore import packing, protocol
@@ -8,7 +9,6 @@ from kvstore.errors import InvalidRequest
 from kvstore.node import listing
 from kvstore.node.handles import Handles
 from kvstore.node.host import Host
-from kvstore.node.promote import Shelves
 from kvstore.node.verification import Verification
 from kvstore.protocol import LIST_PAGE_MAX
 
@@ -46,37 +46,42 @@ class Questions:
     def _hit_length(self, request_id: int, request: protocol.HitLengthOf) -> protocol.Answer | None:
         keys = packing.unpack_keys(request.keys)
         shelves = self._handles.shelves(request.namespace)
+        packing.check_wait(request.wait_s)
 
         def answer() -> protocol.Answer:
             hits = self._store.readers.hit_length(shelves, keys)
             return protocol.Hits(hits.gpu, hits.dram, hits.nvme, hits.remote)
 
-        return self._once_asked(request_id, [(shelves, key) for key in keys], request.wait_s, answer)
+        movements = self._store.movements
+        worth = request.wait_s and any(movements.may_find(shelves, key) for key in keys)
+        asking = partial(movements.find_prefix, shelves, keys, request.wait_s)
+        return self._once_asked(request_id, asking if worth else None, answer)
 
     def _hit_each(self, request_id: int, request: protocol.HitEach) -> protocol.Answer | None:
         items = self._handles.items(request.namespaces, request.keys)
+        packing.check_wait(request.wait_s)
 
         def answer() -> protocol.Answer:
             lengths = self._store.readers.length_each(items)
             return protocol.Found(bytes(map(bool, lengths)), [length for length in lengths if length])
 
-        return self._once_asked(request_id, items, request.wait_s, answer)
+        movements = self._store.movements
+        worth = request.wait_s and any(movements.may_find(shelves, key) for shelves, key in items)
+        asking = partial(movements.find, items, request.wait_s)
+        return self._once_asked(request_id, asking if worth else None, answer)
 
     def _once_asked(
         self,
         request_id: int,
-        items: Sequence[tuple[Shelves, bytes]],
-        wait_s: float,
+        asking: Callable[[], Coroutine[Any, Any, None]] | None,
         answer: Callable[[], protocol.Answer],
     ) -> protocol.Answer | None:
-        """The answer; or None, and the answer once shared tiers have been asked for what is not here."""
-        packing.check_wait(wait_s)
-        movements = self._store.movements
-        if wait_s == 0 or not any(movements.may_find(shelves, key) for shelves, key in items):
+        """The answer; or None, and the answer once `asking` is over."""
+        if asking is None:
             return answer()
 
         async def wait() -> protocol.Answer:
-            await movements.find(items, wait_s)
+            await asking()
             return answer()
 
         self._answer_later(request_id, wait())

@@ -316,7 +316,8 @@ class Session:
             remains = await drain.wait(self._host.open_writes, wait_s)
             tiers = len(self._store.movements.lowers)
             blocks, nbytes, leases = remains.blocks, remains.block_bytes, remains.leases
-            return protocol.Drained(drain.under_way, tiers, blocks, nbytes, leases)
+            owed, away = remains.owed_blocks, list(remains.away)
+            return protocol.Drained(drain.under_way, tiers, blocks, nbytes, leases, owed, away)
 
         self._answer_later(request_id, wait())
 
@@ -354,6 +355,9 @@ class Session:
                 answer = await wait
             except KVStoreError as error:
                 answer = protocol.failure(error)
+            except Exception:  # a mistake of ours must not leave a client waiting
+                logger.exception("%s: a request failed by a mistake", self.holder.name)
+                answer = protocol.failure(KVStoreError("a mistake in the daemon; its log says which"))
             if answer is not None:
                 self._answer(request_id, answer)
 

@@ -45,7 +45,9 @@ class Verification:
         lower.calls += 1
         lower.reading += 1
         transfers = [as_transfer(block) for block in blocks]
-        well = await lower.attempt(read_aside(lower.tier, transfers), Latencies(), lambda: None)
+        nbytes = sum([block.length for block in blocks])
+        reading = read_aside(lower.tier, transfers)
+        well = await lower.attempt(reading, Latencies(), lambda: None, nbytes=nbytes)
         lower.reading -= 1
         lower.calls -= 1
         lower.unpin(blocks)
