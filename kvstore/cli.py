@@ -3,18 +3,23 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import wraps
+from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
+from signal import SIG_IGN, SIGHUP, signal
 from typing import Annotated, Any
 
 import typer
 
 from kvstore import operate, screen
 from kvstore.block import Namespace
-from kvstore.config import as_toml, load
+from kvstore.config import Config, as_toml, load
 from kvstore.options import HERE, Address, AsJson, client, errors
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(operate.app)
 app.add_typer(screen.app)
 
@@ -33,58 +38,69 @@ ConfigFile = Annotated[Path | None, typer.Option(help="TOML file; flags go befor
 Model = Annotated[str, typer.Option(help="the namespace's model")]
 Salt = Annotated[str, typer.Option(help="the namespace's salt")]
 Key = Annotated[str, typer.Argument(help="the block's key: text, or hex after 0x")]
+Read = Callable[[], Config]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print("kvstore", version("kvstore-service"))
+        raise typer.Exit
+
+
+@app.callback()
+def kvstore(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="say which")] = False,
+) -> None:
+    """Keep the KV-cache blocks of LLM engines: in memory, on local disks, and in a Redis that nodes share."""
+
+
+def _loader(
+    dram: Dram = None,
+    nvme: Nvme = None,
+    redis: Redis = None,
+    socket: Socket = None,
+    http: Http = None,
+    data: Data = None,
+    take_over: TakeOver = None,
+    config: ConfigFile = None,
+) -> Read:
+    """What reads the file, with the flags that were given on top."""
+    flags = {"socket": socket and str(socket), "http": http, "data": data, "take_over": take_over}
+    sections = {"dram": ("capacity", dram), "nvme": ("directories", nvme), "redis": ("url", redis)}
+    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    given |= {name: {knob: value} for name, (knob, value) in sections.items() if value not in (None, [])}
+    return lambda: load(config, given)
+
+
+def _configured(command: Callable[[Read], None]) -> Callable[..., None]:
+    """A command with the flags of `_loader`, which is given what that makes of them."""
+
+    @wraps(command)
+    def run(**flags: Any) -> None:
+        with errors():
+            command(_loader(**flags))
+
+    # What typer asks for the flags.
+    run.__signature__ = signature(_loader)  # type: ignore[attr-defined]
+    run.__annotations__ = _loader.__annotations__
+    return run
 
 
 @app.command()
-def serve(
-    dram: Dram = None,
-    nvme: Nvme = None,
-    redis: Redis = None,
-    socket: Socket = None,
-    http: Http = None,
-    data: Data = None,
-    take_over: TakeOver = None,
-    config: ConfigFile = None,
-) -> None:
+@_configured
+def serve(read: Read) -> None:
     """Run a node's daemon until SIGTERM. KVSTORE_TOKEN holds the token, where one is wanted."""
+    signal(SIGHUP, SIG_IGN)  # until the daemon can read its file again
     from kvstore.serve import serve as run
 
-    flags = _flags(dram, nvme, redis, socket, http, data, take_over)
-    with errors():
-        run(load(config, flags), reload=lambda: load(config, flags))
+    run(read(), reload=read)
 
 
 @app.command("config")
-def show_config(
-    dram: Dram = None,
-    nvme: Nvme = None,
-    redis: Redis = None,
-    socket: Socket = None,
-    http: Http = None,
-    data: Data = None,
-    take_over: TakeOver = None,
-    config: ConfigFile = None,
-) -> None:
+@_configured
+def show_config(read: Read) -> None:
     """Print the configuration that `serve` would have with the same flags: TOML, each knob documented."""
-    with errors():
-        print(as_toml(load(config, _flags(dram, nvme, redis, socket, http, data, take_over))), end="")
-
-
-def _flags(
-    dram: str | None,
-    nvme: list[str] | None,
-    redis: str | None,
-    socket: Path | None,
-    http: str | None,
-    data: str | None,
-    take_over: bool | None,
-) -> dict[str, Any]:
-    """The flags that were given, nested as the file is."""
-    flags: dict[str, Any] = {"socket": socket and str(socket), "http": http, "data": data}
-    flags["take_over"] = take_over
-    flags |= {"dram": None if dram is None else {"capacity": dram}, "nvme": nvme and {"directories": nvme}}
-    flags |= {"redis": redis and {"url": redis}}
-    return {key: value for key, value in flags.items() if value is not None and value != []}
+    print(as_toml(read()), end="")
 
 
 @app.command()
@@ -126,12 +142,14 @@ def lookup(
     keys: Annotated[list[str], typer.Argument(help="a prefix: keys, head first")],
     model: Model,
     salt: Salt = "",
+    wait_s: Annotated[float, typer.Option("--wait", help="seconds for shared tiers; 0: ask none")] = 1.0,
     address: Address = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Say how many leading keys are there, per medium."""
     with client(address) as store:
-        hits = asdict(store.hit_length(Namespace(model=model, salt=salt), [_key(key) for key in keys]))
+        names = [_key(key) for key in keys]
+        hits = asdict(store.hit_length(Namespace(model=model, salt=salt), names, wait_s=wait_s))
     print(json.dumps(hits) if as_json else "  ".join(f"{medium} {count}" for medium, count in hits.items()))
 
 

@@ -215,7 +215,8 @@ class StoreClient(Questions):
         A key that is here already, or that somebody else stores meanwhile, is left as it is.
 
         Raises:
-            DeadlineExceeded: no room within `timeout_s`, or over TCP the bytes took longer.
+            DeadlineExceeded: no room within `timeout_s`, or never, as where the node drains; or over TCP the
+                bytes took longer.
         """
         source = memoryview(data).cast("B")
         deadline = time.monotonic() + timeout_s
@@ -227,14 +228,19 @@ class StoreClient(Questions):
                 if write.granted or write.present:
                     return
                 refused = bool(write.refused)
+            if refused and self.statistics().draining:
+                raise DeadlineExceeded(
+                    "the node drains and takes nothing new; use another, or `kvstore drain --cancel`"
+                )
             if refused:
                 break
             with self.acquire(namespace, [key], wait_s=max(0.0, deadline - time.monotonic())) as read:
                 if [len(view) for view in read.views] == [len(source)]:  # else reserve says what is wrong
                     return
         raise DeadlineExceeded(
-            f"no room for {len(source)} bytes within {timeout_s} s: all else is pinned or being written, or "
-            "over this client's limit, or the node drains; release leases, or give the arena more memory"
+            f"no room for {len(source)} bytes within {timeout_s} s, or never: all else is pinned or being "
+            "written, or this client's limit or the salt's quota is less; release leases, or give the arena "
+            "more memory"
         )
 
     def get(self, namespace: Namespace, key: bytes, *, timeout_s: float = 5.0) -> bytes | None:

@@ -59,8 +59,8 @@ def as_toml(config: Config) -> str:
     for name in sections:
         section = getattr(config, name)
         there = section is not None
-        block = ["", f"[{name}]", *_knob_lines(section if there else _SECTIONS[name]())]
-        lines += block if there else [line if line.startswith("#") else f"#{line}" for line in block]
+        block = [f"[{name}]", *_knob_lines(section if there else _SECTIONS[name]())]
+        lines += ["", *(block if there else [line if line.startswith("#") else f"#{line}" for line in block])]
     return "\n".join(lines) + "\n"
 
 

@@ -296,9 +296,10 @@ class Verified(Message, tag=113):
 
 
 class Drained(Message, tag=115):
-    """What remains: blocks of the arena that are not below, and open write leases.
+    """What remains: blocks of the arena that no tier below has, and open write leases.
 
-    `tiers` below the arena, where there are none nothing can be written.
+    `tiers` below the arena, where there are none nothing can be written. `owed_blocks` are what tiers that
+    work are still to get, `away` says which do not, and why. Once it is `over`, waiting changes nothing.
     """
 
     draining: bool
@@ -306,6 +307,9 @@ class Drained(Message, tag=115):
     blocks: int
     block_bytes: int
     leases: int
+    owed_blocks: int = 0
+    away: list[str] = []
+    over: bool = False
 
 
 class NamespacePage(Message, tag=114):

@@ -1,22 +1,13 @@
 """What a node counts, as Prometheus reads it. Nothing is counted here: a scrape reads the statistics."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvstore.statistics import (
-    LATENCY_BOUNDS_S,
-    Latencies,
-    NodeStatistics,
-    SaltState,
-    StoreCounters,
-    TierCounters,
-    TierState,
-)
+from kvstore.statistics import LATENCY_BOUNDS_S, Latencies, NodeStatistics, SaltState, TierState
 
 _COUNTERS = {
     "reserved_blocks": "Blocks that writers reserved",
@@ -49,6 +40,43 @@ _NODE_COUNTERS = {
     "bytes_received": "Bytes received from clients",
     "bytes_sent": "Bytes sent to clients",
 }
+_TIER_GAUGES = {
+    "capacity_bytes": "Bytes that a tier was made with; of a remote one, of what the node remembers of it",
+    "ready_bytes": "Bytes of a tier that are populated, and can be used",
+    "used_bytes": "Bytes of a tier's slots in use; of a remote one 1 KiB for each block known there",
+    "largest_free_bytes": "Bytes of the longest free piece of a tier",
+    "blocks": "Blocks that can be read in a tier",
+    "block_bytes": "Bytes of the blocks that can be read in a tier",
+    "pending_blocks": "Blocks on their way into a tier",
+    "pinned_blocks": "Blocks of a tier that somebody reads or copies",
+    "pinned_bytes": "Bytes of the blocks of a tier that somebody reads or copies",
+    "doomed_blocks": "Blocks of a tier that were removed while somebody reads them",
+    "backlog_blocks": "Blocks that wait to be written to a tier",
+    "backlog_bytes": "Bytes that wait to be written to a tier",
+    "enabled": "Whether the configuration lets a tier be used",
+    "breaker_open": "Whether a tier is left alone because it fails or is not enabled",
+    "eviction_age_s": "Seconds for which the block that left a tier last had not been used",
+    "limit_bytes": "Bytes of a tier that may be used, less than its capacity where that was lowered",
+}
+_TIER_COUNTERS = {
+    "hit_blocks": "Blocks that readers asked for and a tier had, and none above it",
+    "missed_blocks": "Blocks that readers asked for and neither a tier nor one above it had",
+    "evicted_blocks": "Blocks that left a tier to make room",
+    "evicted_bytes": "Bytes that left a tier to make room",
+    "recovered_blocks": "Blocks that a tier held when it was opened",
+    "read_blocks": "Blocks read from a tier",
+    "read_bytes": "Bytes read from a tier",
+    "written_blocks": "Blocks written to a tier",
+    "written_bytes": "Bytes written to a tier",
+    "dropped_blocks": "Blocks that left the tier above without having been written to a tier",
+    "refused_blocks": "Blocks that a tier would not take, as where another's has the same name",
+    "damaged_blocks": "Blocks of a tier that had other bytes than were written",
+    "lost_blocks": "Blocks that were gone from a shared tier",
+    "asked_blocks": "Blocks that a shared tier was asked for",
+    "failed_calls": "Calls to a tier's device that failed",
+    "late_calls": "Calls to a tier's device that took longer than they may",
+    "breaker_opened": "Times that a tier was left alone because it failed",
+}
 
 
 class NodeCollector(Collector):
@@ -59,13 +87,8 @@ class NodeCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         now = self._read()
-        for counter in fields(StoreCounters):
-            yield _family(
-                CounterMetricFamily,
-                counter.name,
-                _COUNTERS[counter.name],
-                getattr(now.counters, counter.name),
-            )
+        for name, text in _COUNTERS.items():
+            yield _family(CounterMetricFamily, name, text, getattr(now.counters, name))
         for name, (metric, text) in _NODE_GAUGES.items():
             yield _family(GaugeMetricFamily, metric, text, getattr(now, name))
         for name, text in _NODE_COUNTERS.items():
@@ -76,19 +99,16 @@ class NodeCollector(Collector):
 
 def _tier_families(tiers: Sequence[TierState]) -> Iterator[Metric]:
     labels = ["tier", "medium"]
-    for gauge in fields(TierState):
-        if gauge.name in ("name", "medium", "failing", "counters", "reads", "writes"):
-            continue
-        name = gauge.name.removesuffix("_s") + "_seconds" if gauge.name.endswith("_s") else gauge.name
-        gauges = GaugeMetricFamily(f"kvstore_tier_{name}", f"{_words(gauge.name)} of a tier", labels=labels)
+    for field, text in _TIER_GAUGES.items():
+        name = field.removesuffix("_s") + "_seconds" if field.endswith("_s") else field
+        gauges = GaugeMetricFamily(f"kvstore_tier_{name}", text, labels=labels)
         for tier in tiers:
-            gauges.add_metric([tier.name, tier.medium], float(getattr(tier, gauge.name)))
+            gauges.add_metric([tier.name, tier.medium], float(getattr(tier, field)))
         yield gauges
-    for counter in fields(TierCounters):
-        text = f"{_words(counter.name)} of a tier"
-        counters = CounterMetricFamily(f"kvstore_tier_{counter.name}", text, labels=labels)
+    for field, text in _TIER_COUNTERS.items():
+        counters = CounterMetricFamily(f"kvstore_tier_{field}", text, labels=labels)
         for tier in tiers:
-            counters.add_metric([tier.name, tier.medium], getattr(tier.counters, counter.name))
+            counters.add_metric([tier.name, tier.medium], getattr(tier.counters, field))
         yield counters
     for name, what in (("reads", "reading from"), ("writes", "writing to")):
         histograms = HistogramMetricFamily(
@@ -134,10 +154,6 @@ def _salt_families(salts: Sequence[SaltState]) -> Iterator[Metric]:
 def _buckets(latencies: Latencies) -> list[tuple[str, float]]:
     bounds = [*map(str, LATENCY_BOUNDS_S), "+Inf"]
     return list(zip(bounds, accumulate(latencies.counts), strict=True))
-
-
-def _words(name: str) -> str:
-    return name.removesuffix("_s").replace("_", " ").capitalize()
 
 
 def exposition(read: Callable[[], NodeStatistics]) -> Callable[[], bytes]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from kvstore.block import Medium
 from kvstore.client import StoreClient
 from kvstore.messages import Drained
 from kvstore.options import HERE, Address, AsJson, client, errors
@@ -24,6 +25,7 @@ app = typer.Typer()
 
 # How often a drain says how far it is.
 _TELL_S = 2.0
+_SPACE = {"capacity_bytes", "ready_bytes", "used_bytes", "largest_free_bytes", "limit_bytes"}
 
 
 @app.command()
@@ -45,8 +47,12 @@ def stats(address: Address = HERE, as_json: AsJson = False) -> None:
 
 
 def _tier_rows(tier: dict[str, Any]) -> dict[str, Any]:
-    """What a tier has and has done, one row each; of latencies the mean and the 99th percentile's bucket."""
-    rows = {name: value for name, value in tier.items() if name not in ("counters", "reads", "writes")}
+    """What a tier has and has done, one row each; of latencies the mean and the 99th percentile's bucket.
+
+    How full a remote tier is, no node knows.
+    """
+    unsaid = {"counters", "reads", "writes"} | (_SPACE if tier["medium"] == Medium.REMOTE else set())
+    rows = {name: value for name, value in tier.items() if name not in unsaid}
     rows |= tier["counters"]
     for name in ("reads", "writes"):
         latencies = Latencies(**tier[name])
@@ -84,10 +90,10 @@ def drain(
         while True:
             wait_s = min(max(0.0, deadline - time.monotonic()), _TELL_S)
             now = store.drain(wait_s)
-            done = now.draining and not now.blocks and not now.leases
-            over = done or not now.draining or not now.tiers or time.monotonic() >= deadline
+            done = now.draining and not (now.blocks or now.leases or now.owed_blocks)
+            over = done or now.over or not now.draining or not now.tiers or time.monotonic() >= deadline
             if told != (told := _remains(now)) or over:
-                print(told, flush=True)
+                print("; ".join([told, *now.away]), flush=True)
             if over:
                 sys.exit(not done)
 
@@ -98,9 +104,10 @@ def _remains(now: Drained) -> str:
         return f"somebody has cancelled it; {blocks} are in the arena only"
     if not now.tiers:
         return f"draining; there is no tier below, so {blocks} will be lost with the daemon"
-    if not now.blocks and not now.leases:
+    if not (now.blocks or now.leases or now.owed_blocks):
         return "drained: everything is below"
-    return f"draining; {blocks} are not below yet, {now.leases} writers are not done"
+    owed = f"{now.owed_blocks:,} are owed to tiers that work"
+    return f"draining; {blocks} are in no tier below, {owed}, {now.leases} writers are not done"
 
 
 @app.command()

@@ -64,12 +64,10 @@ def rendered(now: Frame) -> RenderableType:
 
 def salts_table(salts: Sequence[SaltState]) -> Table:
     """What salts have and have found since they came into use."""
-    media = list(dict.fromkeys(use.medium for salt in salts for use in salt.media))
-    table = _table("salts", "salt", "", *media, "hits", "misses")
+    table = _table("salts", "salt", "", *_media(salts), "hits", "misses")
     for salt in salts:
-        medium_to_bytes = {use.medium: _bytes(use.block_bytes) for use in salt.media}
         counts = [f"{salt.hit_blocks:,}", f"{salt.missed_blocks:,}"]
-        _add(table, salt.label, _plain(salt.salt), *[medium_to_bytes.get(m, "") for m in media], *counts)
+        _add(table, salt.label, _plain(salt.salt), *_bytes_in(_media(salts), salt), *counts)
     return table
 
 
@@ -90,9 +88,7 @@ def _tiers(tiers: Sequence[TierRow]) -> Table:
             table,
             tier.name,
             tier.medium,
-            _bytes(tier.used_bytes),
-            _bytes(tier.capacity_bytes),
-            _percent(tier.used_bytes / tier.capacity_bytes if tier.capacity_bytes else None),
+            *_fill(tier.used_bytes, tier.capacity_bytes),
             f"{tier.blocks:,}",
             f"{tier.hits_per_s:,.0f}",
             f"{tier.missed_per_s:,.0f}",
@@ -117,11 +113,25 @@ def _calls(tiers: Sequence[TierRow]) -> Table:
 
 
 def _salts(salts: Sequence[SaltRow]) -> Table:
-    table = _table("salts with most", "salt", "", "bytes", "hits/s", "misses/s", "hit")
+    table = _table("salts with most", "salt", "", *_media(salts), "hits/s", "misses/s", "hit")
     for salt in salts:
         rates = [f"{salt.hits_per_s:,.0f}", f"{salt.missed_per_s:,.0f}", _percent(salt.hit_rate)]
-        _add(table, salt.label, _plain(salt.salt), _bytes(salt.block_bytes), *rates)
+        _add(table, salt.label, _plain(salt.salt), *_bytes_in(_media(salts), salt), *rates)
     return table
+
+
+def _media(salts: Sequence[SaltState] | Sequence[SaltRow]) -> list[str]:
+    return list(dict.fromkeys(medium for salt in salts for medium in salt.medium_to_bytes))
+
+
+def _bytes_in(media: Sequence[str], salt: SaltState | SaltRow) -> list[str]:
+    return [_bytes(salt.medium_to_bytes.get(medium, 0)) for medium in media]
+
+
+def _fill(used_bytes: int | None, capacity_bytes: int | None) -> tuple[str, str, str]:
+    if used_bytes is None or not capacity_bytes:
+        return "-", "-", "-"
+    return _bytes(used_bytes), _bytes(capacity_bytes), _percent(used_bytes / capacity_bytes)
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -138,21 +138,21 @@ class Daemon:
 
     def readiness(self) -> Readiness:
         """Ready is who listens and has memory to give; a tier that fails is only left alone."""
-        lowers = self._store.movements.lowers
+        movements = self._store.movements
         if self._stop.is_set():
             return Readiness(["stopping" if self._server.heir is None else "handing over"])
         missing = []
         if not self._listening:
             missing = [
                 "not listening",
-                *[f"tier {low.name} is being recovered" for low in lowers if low.starting],
+                *[f"tier {low.name} is being recovered" for low in movements.lowers if low.starting],
             ]
         if self._store.drain.under_way:
             missing.append(f"draining, {self._store.drain.owed_blocks} blocks are owed below")
         dram = self._dram.statistics()
         if dram.ready_bytes < min(_USEFUL_BYTES, dram.capacity_bytes):
             missing.append(f"the arena is being populated: {dram.ready_bytes} of {dram.capacity_bytes} bytes")
-        return Readiness(missing, [f"tier {low.name} fails: {low.failing}" for low in lowers if low.failing])
+        return Readiness(missing, movements.away())
 
     async def _end(self) -> None:
         """End all connections and all I/O. If there is an heir, hand the arena over and end the process."""
@@ -170,7 +170,7 @@ class Daemon:
             self._hand_over(heir, unwritten | movements.leave())
         else:
             # A call that hangs may still reach its memory: over a network even when this process is gone.
-            logger.warning("a disk hangs: nothing is handed over")
+            logger.warning("a tier hangs: nothing is handed over")
         heir.sock.close()
         self._server.close()
 
@@ -334,9 +334,15 @@ def _next_epoch(path: Path) -> int:
 
 
 def serve(config: Config, reload: Callable[[], Config]) -> None:
-    """Run a daemon until it is told to stop. `reload` gives the configuration as it is by then."""
+    """Run a daemon until it is told to stop. `reload` gives the configuration as it is by then.
+
+    Raises:
+        ConfigError: it has no arena, or what `Daemon.run` raises.
+    """
     import uvloop
 
+    if config.dram is None:
+        raise ConfigError("no tier is configured; give --dram 4GiB, or [dram] capacity in the file")
     logs.configure(config.log_level, config.log_format, config.node)
     gc.set_threshold(20_000, 5, 1_000_000)  # see where it is frozen
 
@@ -358,6 +364,6 @@ def _leave_hanging_threads() -> None:
     for thread in others:
         thread.join(_THREADS_END_WITHIN_S)
     if any(thread.is_alive() for thread in others):
-        logger.warning("a disk hangs: leaving without waiting for it")
+        logger.warning("a tier hangs: leaving without waiting for it")
         logging.shutdown()
         os._exit(0)

@@ -87,9 +87,12 @@ class TierCounters:
 class TierState:
     """One tier now. `used_bytes` counts slots, `block_bytes` the readable blocks on them.
 
+    Of a remote tier `used_bytes` and `capacity_bytes` are of the node's memory of it, and say nothing of it.
+
     `limit_bytes` is how much of the capacity may be used, less where that was lowered while the daemon ran.
-    `backlog` is what waits to be written here, `breaker_open` whether the tier fails and is left alone,
-    `failing` why, and `eviction_age_s` how long ago the block that left last had been used.
+    `backlog` is what waits to be written here, `breaker_open` whether the tier is left alone because it fails
+    or is not `enabled`, `failing` why, and `eviction_age_s` how long ago the block that left last had been
+    used.
     """
 
     name: str
@@ -106,6 +109,7 @@ class TierState:
     doomed_blocks: int
     backlog_blocks: int = 0
     backlog_bytes: int = 0
+    enabled: bool = True
     breaker_open: bool = False
     eviction_age_s: float = 0.0
     limit_bytes: int = 0
@@ -138,16 +142,16 @@ class SaltState:
     media: list[SaltUse] = field(default_factory=list)
 
     @property
+    def medium_to_bytes(self) -> dict[str, int]:
+        """Of its blocks, fastest medium first."""
+        return {use.medium: use.block_bytes for use in self.media}
+
+    @property
     def label(self) -> str:
         """What may be shown to everybody: a salt can be a secret, so it is the first bytes of its digest."""
         if not self.salt:
             return "other" if self.salt is None else "none"
         return blake2b(self.salt.encode(errors="surrogatepass"), digest_size=6).hexdigest()
-
-    @property
-    def block_bytes(self) -> int:
-        """In all media."""
-        return sum([use.block_bytes for use in self.media])
 
 
 @dataclass(frozen=True, slots=True)

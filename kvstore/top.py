@@ -6,6 +6,7 @@ Counters of a daemon that has started anew meanwhile are taken from its start on
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvstore.block import Medium
 from kvstore.statistics import Latencies, NodeStatistics, SaltState, StoreCounters, TierState
 
 
@@ -20,12 +21,15 @@ class Calls:
 
 @dataclass(frozen=True, slots=True)
 class TierRow:
-    """One tier. `calls` are None where there were none; `failing` says why it is left alone."""
+    """One tier. Calls are None where there were none; `failing` says why it is left alone.
+
+    How full a remote tier is, no node knows.
+    """
 
     name: str
     medium: str
-    used_bytes: int
-    capacity_bytes: int
+    used_bytes: int | None
+    capacity_bytes: int | None
     blocks: int
     hits_per_s: float
     missed_per_s: float
@@ -44,7 +48,7 @@ class SaltRow:
 
     label: str
     salt: str | None
-    block_bytes: int
+    medium_to_bytes: dict[str, int]
     hits_per_s: float
     missed_per_s: float
     hit_rate: float | None
@@ -98,11 +102,12 @@ def _tier(before: TierState | None, now: TierState, elapsed_s: float) -> TierRow
         earlier = 0 if before is None else getattr(before.counters, name)
         return _rate(_gained(earlier, getattr(now.counters, name)), elapsed_s)
 
+    remote = now.medium == Medium.REMOTE
     return TierRow(
         now.name,
         now.medium,
-        now.used_bytes,
-        now.limit_bytes or now.capacity_bytes,
+        None if remote else now.used_bytes,
+        None if remote else now.limit_bytes or now.capacity_bytes,
         now.blocks,
         per_s("hit_blocks"),
         per_s("missed_blocks"),
@@ -120,7 +125,7 @@ def _salt(before: SaltState | None, now: SaltState, elapsed_s: float) -> SaltRow
     hits = _gained(0 if before is None else before.hit_blocks, now.hit_blocks)
     missed = _gained(0 if before is None else before.missed_blocks, now.missed_blocks)
     rates = _rate(hits, elapsed_s), _rate(missed, elapsed_s)
-    return SaltRow(now.label, now.salt, now.block_bytes, *rates, _share(hits, missed))
+    return SaltRow(now.label, now.salt, now.medium_to_bytes, *rates, _share(hits, missed))
 
 
 def _calls(before: Latencies | None, now: Latencies) -> Calls | None:

@@ -5,20 +5,13 @@ import re
 from pathlib import Path
 
 from kvstore.errors import ConfigError
-from kvstore.knobs import Config, NvmeConfig, RedisConfig, parse_endpoint
+from kvstore.knobs import Config, DramConfig, NvmeConfig, RedisConfig, parse_endpoint
 
 
 def validate(config: Config) -> None:
     """Raise ConfigError for a value that is out of range, or does not go with another."""
-    if config.dram is None:
-        raise ConfigError("no tier is configured; give --dram 4GiB, or [dram] capacity in the file")
-    if config.dram.capacity_bytes and config.dram.policy not in ("lru", "fifo"):
-        raise ConfigError(f"dram.policy is {config.dram.policy!r}; give lru or fifo")
-    low, high = config.dram.low_watermark, config.dram.high_watermark
-    if not 0 < low <= high <= 1:
-        raise ConfigError(
-            f"dram.low_watermark is {low} and dram.high_watermark {high}; give 0 < low <= high <= 1"
-        )
+    if config.dram is not None:
+        _validate_dram(config.dram)
     if config.nvme is not None:
         _validate_nvme(config.nvme)
     if config.redis is not None:
@@ -45,6 +38,16 @@ def validate(config: Config) -> None:
             raise ConfigError(
                 f"{name} is {address}, which is beyond loopback, and no token is set; give token_file"
             )
+
+
+def _validate_dram(dram: DramConfig) -> None:
+    if dram.capacity_bytes and dram.policy not in ("lru", "fifo"):
+        raise ConfigError(f"dram.policy is {dram.policy!r}; give lru or fifo")
+    low, high = dram.low_watermark, dram.high_watermark
+    if not 0 < low <= high <= 1:
+        raise ConfigError(
+            f"dram.low_watermark is {low} and dram.high_watermark {high}; give 0 < low <= high <= 1"
+        )
 
 
 def _validate_nvme(nvme: NvmeConfig) -> None:

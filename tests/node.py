@@ -205,11 +205,11 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
 
 
 @contextmanager
-def node_with_disk(dram: str = "64MiB", capacity: str = "512MiB") -> Iterator[Node]:
+def node_with_disk(dram: str = "64MiB", capacity: str = "512MiB", *flags: str) -> Iterator[Node]:
     """A daemon with an NVMe tier in a directory that goes with it; at the end nothing may be wrong in it."""
     with (
         tempfile.TemporaryDirectory(prefix="kvstore-disk-") as folder,
-        Node(dram, "--nvme", f"{folder}/nvme:{capacity}") as node,
+        Node(dram, "--nvme", f"{folder}/nvme:{capacity}", *flags) as node,
     ):
         yield node
         node.check()

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from kvstore.client import StoreClient
 from tests.node import Node
 
 TOKEN = "token-of-the-command-line"
@@ -72,6 +74,7 @@ def test_a_block_is_put_looked_up_and_got(node: Node, tmp_path: Path) -> None:
     assert Command("lookup", "first", "0x00ff", "third", *here).text == "gpu 0  dram 2  nvme 2  remote 2\n"
     hits = json.loads(Command("lookup", "third", "first", *here, "--json").text)
     assert hits == {"gpu": 0, "dram": 0, "nvme": 0, "remote": 0}
+    assert Command("lookup", "first", *here, "--wait", "0").text.startswith("gpu 0  dram 1")
     # Another model, or another salt, is another namespace.
     missing = Command("get", "first", "--model", "other", *on(node))
     assert missing.failure == "kvstore: no block first of other"
@@ -171,6 +174,8 @@ def test_a_reader_that_stops_reading_causes_no_traceback(node: Node) -> None:
 
 def test_usage_is_explained() -> None:
     everything = Command("--help").text
+    assert "Keep the KV-cache blocks of LLM engines" in everything
+    assert Command("--version").text == f"kvstore {version('kvstore-service')}\n"
     for name in ("serve", "stats", "put", "get", "lookup", "check"):
         assert re.search(rf"\b{name}\b", everything)
     assert "--dram" in Command("serve", "--help").text
@@ -204,6 +209,25 @@ def test_serve_says_where_it_listens_and_ends_on_sigint(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_a_daemon_is_named_by_its_environment_and_a_hangup_while_it_starts_does_not_end_it(
+    tmp_path: Path,
+) -> None:
+    path, config = tmp_path / "node.sock", tmp_path / "node.toml"
+    os.mkfifo(config)
+    command = [sys.executable, "-m", "kvstore", "serve", "--config", str(config), "--dram", "4MiB"]
+    command += ["--socket", str(path), "--http", "127.0.0.1:0"]
+    environ = {**os.environ, "KVSTORE_NODE": "named"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environ, text=True) as process:
+        with config.open("w"):  # which it now waits for
+            process.send_signal(signal.SIGHUP)
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("kvstore ready: ")
+        with StoreClient.connect(f"unix:{path}") as store:
+            assert store.statistics().node == "named"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+
+
 def test_serve_without_a_tier_or_with_an_unknown_key_is_one_line(tmp_path: Path) -> None:
     config = tmp_path / "node.toml"
     config.write_text('[dram]\ncapacity = "4MiB"\npolciy = "lru"\n')
@@ -225,4 +249,4 @@ def test_config_prints_what_serve_would_have(tmp_path: Path) -> None:
     assert TOKEN not in printed
     file.write_text(printed)
     assert Command("config", "--config", str(file)).text == printed
-    assert "no tier is configured" in Command("config").failure
+    assert "\n#[dram]\n" in Command("config").text

@@ -336,11 +336,19 @@ def test_no_secret_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, u
     assert "host" in printed
 
 
-def test_a_node_without_a_tier_is_an_error_that_says_how_to_get_one(tmp_path: Path) -> None:
+def test_tiers_are_there_only_when_asked_for(tmp_path: Path) -> None:
     for path in (None, written(tmp_path, 'node = "a"\n')):
-        with pytest.raises(ConfigError, match="no tier is configured; give --dram 4GiB"):
-            load(path, {})
+        assert load(path, {}).dram is None
     assert load(written(tmp_path, "[dram]\n"), {}).dram == DramConfig()
+
+
+def test_sections_that_are_not_there_are_printed_as_comments(tmp_path: Path) -> None:
+    printed = as_toml(load(None, {}))
+    for name in ("dram", "nvme", "redis"):
+        assert f"\n\n#[{name}]\n# " in printed
+    assert "\n\n[limits]\n" in printed
+    assert "\n#\n" not in printed
+    assert load(written(tmp_path, printed), {}) == load(None, {})
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvstore.block import Namespace
 from kvstore.cli import app
-from kvstore.config import Config, load, parse_endpoint, parse_size
+from kvstore.config import Config, RedisConfig, load, parse_endpoint, parse_size
 from kvstore.errors import ConfigError
 from tests.node import Node, node_with_disk
 from tests.readme import command
@@ -183,6 +184,7 @@ def commands() -> Iterator[list[str]]:
     yield json.loads(dockerfile("CMD")[-1])
     for service in ("node-a", "node-b"):
         yield compose()["services"][service]["command"]
+        yield before_stopping(service)
     yield shlex.split(unit()["ExecStart"][0])[1:]
     yield stopping()
     daemon = container(pod("base", "DaemonSet"), "kvstore")
@@ -190,6 +192,14 @@ def commands() -> Iterator[list[str]]:
     yield daemon["lifecycle"]["preStop"]["exec"]["command"][1:]
     for line in re.findall(r"(?:^|\s)kvstore ((?:serve|drain|config|stats|check)\b[^#\n`]*)", readme()):
         yield shlex.split(line)
+
+
+def before_stopping(service: str) -> list[str]:
+    """What Compose has `kvstore` do before it stops a node; whatever comes of it, the node is stopped."""
+    (hook,) = compose()["services"][service]["pre_stop"]
+    shell, option, script = hook["command"]
+    assert (list(hook), shell, option) == (["command"], "sh", "-c")
+    return shlex.split(script.removesuffix(" || true"))[1:]
 
 
 def stopping() -> list[str]:
@@ -370,6 +380,7 @@ def test_updates_and_ends_leave_time_to_drain() -> None:
     drain = container(spec, "kvstore")["lifecycle"]["preStop"]["exec"]["command"]
     assert drain[:3] == ["kvstore", "drain", "--timeout"]
     assert spec["terminationGracePeriodSeconds"] >= int(drain[3]) + 20
+    assert before_stopping("node-a")[:2] == before_stopping("node-b")[:2] == ["drain", "--timeout"]
     drain = stopping()
     assert int(unit()["TimeoutStopSec"][0]) >= int(drain[drain.index("--timeout") + 1]) + 20
 
@@ -387,7 +398,9 @@ def test_the_network_lets_through_what_is_used(tmp_path: Path) -> None:
     ports = [rule["ports"] for rule in policy["ingress"]]
     assert ports == [[{"port": "http"}], [{"port": "data"}]]
     assert config.redis is not None
-    assert [{"port": urlsplit(config.redis.url).port}] in [rule["ports"] for rule in policy["egress"]]
+    known = [p for knob in fields(RedisConfig) for p in re.findall(r":(\d+)", str(knob.metadata["doc"]))]
+    redis = {urlsplit(config.redis.url).port, *map(int, known)}
+    assert redis == {port["port"] for port in policy["egress"][1]["ports"]} == {6379, 26379}
     labels = one("base", "DaemonSet")["spec"]["template"]["metadata"]["labels"]
     assert policy["podSelector"]["matchLabels"].items() <= labels.items()
 
@@ -428,9 +441,11 @@ def test_engines_are_told_what_the_readme_says(role: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def node() -> Iterator[Node]:
-    """A daemon with a disk, that has stored and loaded a block."""
-    with node_with_disk("16MiB", "64MiB") as node:
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """A daemon with a disk and quotas, that has stored and loaded a block."""
+    config = tmp_path_factory.mktemp("deploy") / "node.toml"
+    config.write_text('[quotas]\ndram = "8MiB"\n')
+    with node_with_disk("16MiB", "64MiB", "--config", str(config)) as node:
         with node.client() as store:
             namespace = Namespace(model="deploy")
             store.put(namespace, b"key", bytes(1 << 20))
@@ -536,6 +551,11 @@ def assert_there(expressions: Iterable[str], samples: dict[str, set[str]]) -> No
 def test_every_query_of_the_dashboard_names_metrics_that_there_are(samples: dict[str, set[str]]) -> None:
     assert len(queries()) > 20
     assert_there(queries(), samples)
+    said = " ".join(queries())
+    for metric in ("tier_lost_blocks", "tier_asked_blocks", "tier_refused_blocks", "salt_quota_bytes"):
+        assert f"kvstore_{metric}" in said
+    for panel in re.findall(r"kvstore_tier_(?:used|capacity)_bytes{(.*?)}", said):
+        assert 'medium!="remote"' in panel  # of which no node knows how full it is
     (nodes,) = [v["query"]["query"] for v in dashboard()["templating"]["list"] if v["name"] == "instance"]
     assert re.fullmatch(r"label_values\((\w+), instance\)", nodes)[1] in samples  # type: ignore[index]
 

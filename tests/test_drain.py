@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from kvstore import protocol
-from kvstore.block import Namespace
-from kvstore.errors import DeadlineExceeded, ProtocolError
+from kvstore.block import Medium, Namespace
+from kvstore.errors import DeadlineExceeded, ProtocolError, TierError
 from kvstore.node.drain import Remains
 from kvstore.node.rules import Rules
 from tests.node import Node, RawConnection, wait_for
@@ -19,6 +19,8 @@ from tests.test_http import get
 LENGTH = 64 << 10
 NAMESPACE = Namespace(model="drained")
 NONE_LEFT = Remains(0, 0, 0)
+REDIS = '[redis]\nurl = "redis://127.0.0.1:1"\nenabled = false\n'
+OFF = "tier redis is turned off"
 
 
 def open_writes(stage: Stage) -> int:
@@ -77,7 +79,7 @@ async def test_it_is_over_only_when_writers_have_committed_and_that_is_below_too
     async with Stage([Disk(8 * MIB)]) as stage:
         grant = stage.reserve([b"late"], LENGTH)
         stage.store.drain.begin()
-        assert await drained(stage, 1.0) == Remains(0, 0, 1)
+        assert await drained(stage, 1.0) == Remains(0, 0, 1, over=False)
         stage.fill(grant, [b"late"])
         assert await drained(stage) == NONE_LEFT
         assert stage.disks[0].keys() == [b"late"]
@@ -90,7 +92,7 @@ async def test_what_remains_is_said_when_the_time_is_over_and_it_drains_on() -> 
         stage.put(b"a", b"b")
         stage.store.drain.begin()
         stage.store.drain.begin()  # once is enough
-        assert await drained(stage, 1.0) == Remains(2, 2 * LENGTH, 0)
+        assert await drained(stage, 1.0) == Remains(2, 2 * LENGTH, 0, owed_blocks=2, over=False)
         assert stage.store.drain.under_way
         stage.tier.holding = set()
         stage.tier.release()
@@ -127,8 +129,40 @@ async def test_a_tier_that_fails_keeps_it_from_ending_until_it_is_back() -> None
         stage.lower.turn(on=False)
         stage.put(b"a")
         stage.store.drain.begin()
-        assert await drained(stage, 1.0) == Remains(1, LENGTH, 0)
+        assert await drained(stage, 1.0) == Remains(
+            1, LENGTH, 0, away=("tier tier0 is turned off",), over=False
+        )
         stage.lower.turn(on=True)
+        assert await drained(stage) == NONE_LEFT
+
+
+@in_virtual_time
+async def test_a_tier_that_is_away_is_not_waited_for_where_another_has_everything(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with Stage([Disk(8 * MIB), Disk(8 * MIB)], media=[Medium.NVME, Medium.REMOTE]) as stage:
+        stage.lowers[1].trip("it is gone")
+        stage.tier.holding = {"write"}
+        stage.put(b"a", b"b")
+        stage.store.drain.begin()
+        away = ("tier tier1 fails: it is gone",)
+        assert await drained(stage, 0.2) == Remains(2, 2 * LENGTH, 0, 2, away, over=False)
+        stage.tier.holding = set()
+        stage.tier.release()
+        assert await drained(stage, 0.2) == Remains(0, 0, 0, 0, away)
+        end = "drained: 0 blocks (0 bytes) are in no tier below, 0 are owed below, 0 writes are open"
+        assert caplog.messages[-1] == f"{end}; {away[0]}"
+
+
+@in_virtual_time
+async def test_what_one_tier_has_another_that_works_is_still_to_get() -> None:
+    async with Stage([Disk(8 * MIB), Disk(8 * MIB)], media=[Medium.NVME, Medium.REMOTE]) as stage:
+        stage.tiers[1].holding = {"write"}
+        stage.put(b"a")
+        stage.store.drain.begin()
+        assert await drained(stage, 1.0) == Remains(0, 0, 0, owed_blocks=1, over=False)
+        stage.tiers[1].holding = set()
+        stage.tiers[1].release()
         assert await drained(stage) == NONE_LEFT
 
 
@@ -145,10 +179,10 @@ async def test_a_block_that_no_tier_can_take_is_named_and_not_waited_for() -> No
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    """A daemon that writes to its disk only when it must."""
+    """A daemon that writes to its disk only when it must, and whose Redis is turned off."""
     folder = tmp_path_factory.mktemp("drain")
     config = folder / "node.toml"
-    config.write_text(f'[nvme]\ndirectories = ["{folder}/nvme:64MiB"]\nwrite = "on-eviction"\n')
+    config.write_text(f'[nvme]\ndirectories = ["{folder}/nvme:64MiB"]\nwrite = "on-eviction"\n' + REDIS)
     with Node("16MiB", "--config", str(config)) as node:
         yield node
         node.check()
@@ -161,32 +195,37 @@ def test_the_command_waits_until_all_is_below_and_can_be_undone(node: Node) -> N
         write = store.reserve(NAMESPACE, [b"two"], 5)
         late = Command("drain", *on(node), "--timeout", "0")
         assert (late.status, late.error) == (1, "")
-        assert late.output.decode().endswith("1 writers are not done\n")
+        assert late.output.decode().endswith(f"1 writers are not done; {OFF}\n")
         status, text = get(node, "/readyz")
         assert (status, text.split(",")[0]) == (503, "draining")
-        with pytest.raises(DeadlineExceeded, match="or the node drains"):
+        with pytest.raises(DeadlineExceeded, match="the node drains and takes nothing new; "):
             store.put(NAMESPACE, b"three", b"bytes", timeout_s=60)
         write.commit()
-        assert Command("drain", *on(node)).text.splitlines()[-1] == "drained: everything is below"
+        assert Command("drain", *on(node)).text.splitlines()[-1] == f"drained: everything is below; {OFF}"
         assert store.get(NAMESPACE, b"one") == b"bytes"
         assert store.statistics().tiers[1].blocks == 2
         assert Command("drain", *on(node), "--cancel").text == "takes new blocks again\n"
         store.put(NAMESPACE, b"three", b"bytes")
-        assert get(node, "/readyz") == (200, "ready\n")
+        assert get(node, "/readyz") == (200, f"ready; {OFF}\n")
+
+
+def test_a_removal_that_is_not_lasting_says_which_tier_is_turned_off(node: Node) -> None:
+    with node.client() as store, pytest.raises(TierError, match=f"are hidden, but {OFF}: until it is back"):
+        store.remove(NAMESPACE, [b"one"])
 
 
 def test_it_outlives_the_client_that_asked(node: Node) -> None:
     with node.client() as store, store.reserve(NAMESPACE, [b"open"], 5):
         with RawConnection(node.socket) as raw:
             raw.send(protocol.frame(1, protocol.Drain(60.0)))
-            wait_for(lambda: store.statistics().draining)
+            wait_for(lambda: (now := store.statistics()).draining and not now.tiers[1].backlog_blocks)
         assert store.statistics().draining
         # Somebody else who waits is answered when it is cancelled.
         with RawConnection(node.socket) as raw:
             raw.send(protocol.frame(7, protocol.Drain(60.0)))
             assert isinstance(raw.ask(protocol.GetStatistics()), protocol.Statistics)
             assert not store.drain(cancel=True).draining
-            assert raw.answer() == protocol.Drained(False, 1, 0, 0, 1)
+            assert raw.answer() == protocol.Drained(False, 2, 0, 0, 1, 0, [OFF])
 
 
 def test_an_older_daemon_is_named(node: Node) -> None:

@@ -142,6 +142,12 @@ def test_every_statistic_is_a_metric(node: Node, store: StoreClient, namespace: 
     assert samples['kvstore_tier_capacity_bytes{medium="dram",tier="dram"}'] == 64 << 20
 
 
+def test_metrics_say_what_they_mean(node: Node) -> None:
+    text = get(node, "/metrics")[1]
+    assert "# HELP kvstore_tier_backlog_blocks Blocks that wait to be written to a tier\n" in text
+    assert "# HELP kvstore_tier_lost_blocks_total Blocks that were gone from a shared tier\n" in text
+
+
 def test_salts_are_metrics_by_the_digest_of_their_name(node: Node, store: StoreClient) -> None:
     tenant = Namespace(model="llama-test", salt="tenant-a")
     store.put(tenant, b"one", bytes(5000))

@@ -15,7 +15,7 @@ ALLOWED = {
     "kvstore.errors": set(),
     "kvstore.statistics": set(),
     "kvstore.memory": set(),
-    "kvstore.top": {"kvstore.statistics"},
+    "kvstore.top": {"kvstore.block", "kvstore.statistics"},
     "kvstore.block": {"kvstore.errors"},
     "kvstore.node.policy": set(),
     "kvstore.node.ages": set(),

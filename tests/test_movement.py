@@ -854,7 +854,7 @@ async def test_a_removal_that_a_failing_tier_cannot_make_lasting_says_so_and_is_
 async def test_a_removal_waits_no_longer_for_a_hanging_tier_than_a_call_may_take() -> None:
     async with Stage([await stored(b"a")]) as stage:
         stage.tier.holding = {"flush"}
-        with pytest.raises(TierError, match="1 keys are hidden, but tier0 fails"):
+        with pytest.raises(TierError, match="1 keys are hidden, but tier tier0 fails"):
             await stage.remove(b"a")
         assert asyncio.get_running_loop().time() == pytest.approx(2.0, abs=0.05)
         assert stage.lower.breaker.open

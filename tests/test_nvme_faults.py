@@ -526,7 +526,7 @@ def test_a_directory_that_becomes_read_only_heals_when_it_is_writable_again(tmp_
                 pace.check()
                 assert wrong(store, NAMESPACE, [*keys(8), *keys(8, "meanwhile")], MIB) == []
                 wait_for(lambda: "mount it writable" in node.log)
-                with pytest.raises(TierError, match="are hidden, but nvme fails"):
+                with pytest.raises(TierError, match="are hidden, but tier nvme fails"):
                     promptly(lambda: store.remove(NAMESPACE, keys(1)), 2)
             wait_for(lambda: healthy(store) and written(store), 30)
             assert metrics(node)[OPEN] == 0
@@ -581,7 +581,7 @@ def test_a_disk_on_which_writes_hang_costs_nothing_and_heals(tmp_path: Path) -> 
                 pace.check()
                 assert metrics(node)[OPEN] == 1
                 assert "no answer within 0.5 s" in reason(node)
-                with pytest.raises(TierError, match="are hidden, but nvme fails"):
+                with pytest.raises(TierError, match="are hidden, but tier nvme fails"):
                     promptly(lambda: store.remove(NAMESPACE, keys(1)), 0.5)
                 # All of the arena can be used for what is new, though nothing of it gets below.
                 promptly(lambda: publish(store, NAMESPACE, keys(60, "new"), MIB), 5)

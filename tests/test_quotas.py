@@ -346,7 +346,7 @@ async def test_of_many_salts_those_with_most_are_told_and_the_others_together() 
         assert [each.salt for each in told[:-1]] == [f"salt {499 - n}" for n in range(SALTS_MAX)]
         assert told[-1].salt is None
         assert told[-1].label == "other"
-        assert sum(each.block_bytes for each in told) == sum(range(501))
+        assert sum(each.medium_to_bytes["dram"] for each in told) == sum(range(501))
         assert sum(each.media[0].blocks for each in told) == 500
 
 
@@ -359,7 +359,7 @@ def test_a_daemon_keeps_quotas_and_takes_others_while_it_runs(tmp_path: Path) ->
     with Node("64MiB", "--config", str(config)) as node, node.client() as store:
 
         def used_mib() -> dict[str | None, int]:
-            return {salt.salt: salt.block_bytes >> 20 for salt in store.statistics().salts}
+            return {salt.salt: salt.medium_to_bytes["dram"] >> 20 for salt in store.statistics().salts}
 
         for salt in ("a", "b", "c"):
             for name in NAMES[:12]:

@@ -24,6 +24,7 @@ from kvstore.errors import DeadlineExceeded, TierError
 from kvstore.statistics import TierCounters
 from tests.node import Node, wait_for, written
 from tests.redis_servers import Cluster, Sentinels, Server
+from tests.test_cli import Command, on
 from tests.test_client import MIB, keys
 from tests.test_nvme_faults import BACK, FAILS, Pace, mixed, promptly
 from tests.test_nvme_node import KIB, NOISE_S, config, metrics, noise
@@ -271,6 +272,16 @@ def test_a_node_killed_amid_writing_leaves_nothing_for_ever(site: Site) -> None:
         victim.kill()
     wait_for(lambda: not left_for_ever(site.server))
     assert get_all(site.second, items) >= 1
+
+
+def test_the_command_line_asks_redis_and_does_not_say_how_full_it_is(site: Site) -> None:
+    put_all(site.first, [(b"looked up", KIB)])
+    lookup = ["lookup", "looked up", "--model", NAMESPACE.model, *on(site.third)]
+    assert Command(*lookup, "--wait", "0").text == "gpu 0  dram 0  nvme 0  remote 0\n"
+    assert Command(*lookup, "--wait", "5").text == "gpu 0  dram 0  nvme 0  remote 1\n"
+    redis = Command("stats", *on(site.third)).text.partition("tier redis")[2].partition("salts")[0]
+    assert re.search(r"\bblocks\b", redis)
+    assert not re.search("capacity_bytes|used_bytes|free_bytes|limit_bytes", redis)
 
 
 # When Redis fails.

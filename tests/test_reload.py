@@ -421,7 +421,7 @@ def test_a_disk_is_turned_off_and_on_and_readers_go_on(node: Node, folder: Path)
         store.put(NAMESPACE, b"kept", b"bytes")
         (folder / "node.toml").write_text((folder / "node.toml").read_text() + "enabled = false\n")
         assert post(node, "first") == (200, '{"changed":["nvme.enabled"],"needs_restart":[]}')
-        assert get(node, "/readyz") == (200, "ready; tier nvme fails: it is turned off\n")
+        assert get(node, "/readyz") == (200, "ready; tier nvme is turned off\n")
         assert store.get(NAMESPACE, b"kept") == b"bytes"
         write(folder)
         assert post(node, "first")[0] == 200

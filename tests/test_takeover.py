@@ -339,7 +339,7 @@ def test_nothing_is_handed_over_while_a_disk_hangs(tmp_path: Path) -> None:
         hand_over(node)
         with node.client() as store:
             assert store.hit_length(NAMESPACE, keys(8)).dram == 0
-        assert "a disk hangs: nothing is handed over" in node.log
+        assert "a tier hangs: nothing is handed over" in node.log
         assert "nothing was handed over" in node.log
 
 

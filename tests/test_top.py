@@ -13,9 +13,10 @@ from dataclasses import replace
 from math import inf
 
 import pytest
+from rich.console import Console
 
 from kvstore.block import Namespace
-from kvstore.screen import salts_table
+from kvstore.screen import rendered, salts_table
 from kvstore.statistics import (
     LATENCY_BOUNDS_S,
     Latencies,
@@ -77,7 +78,7 @@ def test_rates_are_those_of_the_interval_by_the_clock_of_the_daemon() -> None:
     assert (nvme.hits_per_s, nvme.written_bytes_per_s) == (10, 4000)
     assert nvme.reads == Calls(3, 0.001, 0.05)
     a, b, others = seen.salts
-    assert (a.block_bytes, a.hits_per_s, a.missed_per_s, a.hit_rate) == (60, 15, 5, 0.75)
+    assert (a.medium_to_bytes, a.hits_per_s, a.missed_per_s) == ({"dram": 20, "nvme": 40}, 15, 5)
     assert (b.hits_per_s, b.hit_rate) == (1.5, 0.75)
     assert (others.label, others.hit_rate) == ("other", None)
 
@@ -113,6 +114,39 @@ def test_a_tier_that_is_left_alone_says_why() -> None:
     assert frame(BEFORE, replace(BEFORE, tiers=[failing])).tiers[0].failing == "no answer within 2.0 s"
     unexplained = disk(0, 0, Latencies(), breaker_open=True)
     assert frame(BEFORE, replace(BEFORE, tiers=[unexplained])).tiers[0].failing == "it fails"
+
+
+def test_how_full_a_remote_tier_is_is_not_said() -> None:
+    remote = disk(0, 0, Latencies(), name="redis", medium="remote")
+    (row,) = frame(BEFORE, replace(BEFORE, tiers=[remote])).tiers
+    assert (row.used_bytes, row.capacity_bytes, row.blocks) == (None, None, 1)
+    assert shown(replace(BEFORE, tiers=[remote]))[4].split() == [
+        "redis",
+        "remote",
+        "-",
+        "-",
+        "-",
+        "1",
+        "0",
+        "0",
+        "ok",
+    ]
+
+
+def test_a_salt_has_bytes_in_each_medium() -> None:
+    lines = shown(
+        replace(BEFORE, salts=[salt("a", 1, 0), SaltState("b", 0, 0, [SaltUse("remote", 1, 5 << 20)])])
+    )
+    assert lines[-3].split() == ["salt", "dram", "nvme", "remote", "hits/s", "misses/s", "hit"]
+    assert lines[-1].split()[1:8] == ["b", "0", "B", "0", "B", "5", "MiB"]
+
+
+def shown(now: NodeStatistics) -> list[str]:
+    """A frame in 80 columns."""
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(rendered(frame(BEFORE, now)))
+    return capture.get().splitlines()
 
 
 def test_all_buckets_have_their_place() -> None:

@@ -317,7 +317,8 @@ class Session:
             tiers = len(self._store.movements.lowers)
             blocks, nbytes, leases = remains.blocks, remains.block_bytes, remains.leases
             owed, away = remains.owed_blocks, list(remains.away)
-            return protocol.Drained(drain.under_way, tiers, blocks, nbytes, leases, owed, away)
+            over = remains.over
+            return protocol.Drained(drain.under_way, tiers, blocks, nbytes, leases, owed, away, over)
 
         self._answer_later(request_id, wait())
 

@@ -133,6 +133,7 @@ class Store:
             backlog_blocks=lower.backlog_blocks,
             backlog_bytes=lower.unwritten_bytes + lower.writing_bytes,
             breaker_open=lower.breaker.open,
+            enabled=lower.enabled,
             failing=lower.failing,
             limit_bytes=lower.room.limit_bytes,
             reads=lower.reads,
