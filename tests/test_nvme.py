@@ -681,7 +681,7 @@ def test_a_directory_that_somebody_else_took_meanwhile_is_not_taken_back(tmp_pat
 def test_ten_thousand_blocks_are_there_again_at_once(tmp_path: Path) -> None:
     async def scenario() -> None:
         tier, _ = await opened(tmp_path, 64 * MIB)
-        memory = pages(tier, 4096)
+        memory = pages(4096)
         for turn in range(20):
             made = []
             for number in range(500):
