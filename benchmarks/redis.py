@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Final
 
 import numpy as np
+from msgspec.structs import replace
 
 from benchmarks.daemon import wait_until
 from benchmarks.disk import Blocks, Disk
@@ -265,6 +266,8 @@ def _known_row() -> Row:
     for number, data in enumerate(headers):
         key = block_key(number)
         header = decode_header(data, NAMESPACE.id, key)
+        assert header is not None
+        header = replace(header, namespace=NAMESPACE, key=key)  # as the tier does
         block = lower.enter(shelf, key, Found(2 * MIB, number, header))
         assert block is not None
         lower.entered([block])
