@@ -7,11 +7,11 @@ BIN := $(VENV)/bin
 SHELL := /bin/bash
 
 # What of the tests reads, writes or frees blocks.
-MEMORY_TESTS := $(patsubst %,tests/test_%.py,client dram drain faults fuzz listing lmcache lmcache_faults \
-	lmcache_remote movement nvme_node quotas redis_node room states takeover tcp)
-# Takes all cores there are. The others wait more than they compute, so two files of them run at a time.
-STRESS := tests/test_stress.py
-IN_PAIRS := --numprocesses 2 --dist loadfile --ignore $(STRESS)
+MEMORY_TESTS := $(patsubst %,tests/test_%.py,client dram drain faults fuzz listing lmcache lmcache_remote movement \
+	nvme_node quotas redis_node room states takeover)
+# Take all cores there are, or time what happens. The others mostly wait, so two files of them run at a time.
+ALONE := $(patsubst %,tests/test_%.py,lmcache_faults stress tcp)
+IN_PAIRS := --numprocesses 2 --dist loadfile $(addprefix --ignore ,$(ALONE))
 
 .PHONY: run test test-engines test-debug demo bench lint clean
 
@@ -25,14 +25,14 @@ run: $(VENV)/.daemon
 
 test: $(VENV)/.test $(VENV)/tools
 	$(BIN)/python -m pytest $(IN_PAIRS)
-	$(BIN)/python -m pytest $(STRESS)
+	$(BIN)/python -m pytest $(ALONE)
 
 test-engines: $(VENV)/.test $(ENGINES)/.engines
 	$(BIN)/python -m pytest tests/engines
 
 test-debug: $(VENV)/.test
 	KVSTORE_DEBUG=1 $(BIN)/python -m pytest $(IN_PAIRS) $(MEMORY_TESTS)
-	KVSTORE_DEBUG=1 $(BIN)/python -m pytest $(STRESS)
+	KVSTORE_DEBUG=1 $(BIN)/python -m pytest $(ALONE)
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.demo

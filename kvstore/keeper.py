@@ -29,6 +29,8 @@ _LOST_MAX: Final = 1000
 # How often a request is made anew whose namespaces the daemon has forgotten. For a second time, other threads
 # must have named 60,000 between its naming and the request.
 _RENAMINGS_MAX: Final = 3
+# A daemon that hangs does not keep a client from closing for longer.
+_GOODBYE_S: Final = 0.2
 L = TypeVar("L", bound=Lease)
 _keepers: "weakref.WeakSet[Keeper]" = weakref.WeakSet()
 
@@ -78,8 +80,10 @@ class Keeper:
             # A daemon that was asked in vain may still answer: what it grants then is nobody's. Over TCP the
             # end of the connection says so, and a payload may be under way.
             if link.shares_memory:
-                with contextlib.suppress(Unavailable):
-                    link.channel.send(protocol.frame(0, protocol.Goodbye()))
+                # Its answer is waited for: what the daemon sends to a closed socket would end the connection
+                # there before it has read this.
+                with contextlib.suppress(KVStoreError):
+                    link.channel.call(protocol.Goodbye(), min(link.timeout_s, _GOODBYE_S))
             link.close()
 
     @property
