@@ -59,7 +59,7 @@ class Live:
             try:
                 wanted = await asyncio.to_thread(self._read)
                 running, change = compare(self._running, wanted, self._made)
-                token = await asyncio.to_thread(_token_of, running)
+                token = await asyncio.to_thread(lambda: running.token)
             except ConfigError as error:
                 logger.error("reload: %s; nothing has changed", error)
                 raise
@@ -145,9 +145,9 @@ def compare(running: Config, wanted: Config, made: Config) -> tuple[Config, Chan
     for section in fields(Config):
         now: Any = getattr(running, section.name)
         new = getattr(wanted, section.name)
-        if is_dataclass(now) and is_dataclass(new):
+        if is_dataclass(now) and not isinstance(now, type) and is_dataclass(new):
             taken = _taken(now, new, getattr(made, section.name), f"{section.name}.", change)
-            values[section.name] = _replaced(now, taken)
+            values[section.name] = replace(now, **taken)
     values |= _taken(running, wanted, made, "", change)
     config = replace(running, **values)
     validate(config)
@@ -169,10 +169,6 @@ def _taken(now: Any, new: Any, made: Any, prefix: str, change: Change) -> dict[s
     return values
 
 
-def _replaced(section: Any, values: dict[str, Any]) -> Any:
-    return replace(section, **values)
-
-
 def _within(name: str, new: Any, made: Any) -> bool:
     """Whether a capacity is no more than what was made, and of the same places."""
     if name == "dram.capacity":
@@ -182,7 +178,3 @@ def _within(name: str, new: Any, made: Any) -> bool:
         same = [path for path, _ in new.places] == [*there]
         return same and all(nbytes <= there[path] for path, nbytes in new.places)
     return True
-
-
-def _token_of(config: Config) -> str | None:
-    return config.token

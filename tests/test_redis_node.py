@@ -23,6 +23,7 @@ from kvstore.block import HitLength, Namespace
 from kvstore.errors import DeadlineExceeded, TierError
 from kvstore.statistics import TierCounters
 from tests.node import Node, wait_for, written
+from tests.proxy import Proxy
 from tests.redis_servers import Cluster, Sentinels, Server
 from tests.test_cli import Command, on
 from tests.test_client import MIB, keys
@@ -161,6 +162,37 @@ def test_what_one_node_stores_the_other_gets_bit_for_bit(site: Site) -> None:
             assert [bytes(view) for view in read.views] == [noise(key, nbytes) for key, nbytes in items]
         assert store.hit_length(NAMESPACE, names).dram == len(items)
     assert_blocks_pass(site, "both ways")
+
+
+def test_who_acquires_from_memory_does_not_wait_for_anothers_load_from_redis(site: Site) -> None:
+    many = [(key, 2 * MIB) for key in keys(8, "much")]
+    put_all(site.first, many)
+    with (
+        Proxy(("127.0.0.1", site.server.port), bytes_per_s=10e6) as slow,
+        node(slow.address.replace("tcp", "redis").replace("//", "//kv:secret@"), "64MiB") as late,
+        late.client() as loading,
+        late.client() as reading,
+    ):
+        reading.put(NAMESPACE, b"here", bytes(KIB))
+        loaded = threading.Event()
+
+        def load() -> None:
+            with loading.acquire(NAMESPACE, [key for key, _ in many], wait_s=10) as lease:
+                assert [bytes(view) for view in lease.views] == [noise(*each) for each in many]
+            loaded.set()
+
+        thread = threading.Thread(target=load)
+        thread.start()
+        took_s = []
+        while not loaded.wait(0.005):
+            started = time.monotonic()
+            with reading.acquire(NAMESPACE, [b"here"]) as lease:
+                assert lease.hit_length == 1
+            took_s.append(time.monotonic() - started)
+            assert thread.is_alive() or loaded.is_set()
+        thread.join()
+        assert len(took_s) > 50  # 16 MiB took more than a second
+        assert max(took_s) < 0.5
 
 
 def test_blocks_outlive_the_node_that_stored_them(site: Site) -> None:

@@ -6,7 +6,7 @@ out their connections. Valkey is the same. Nothing here knows a block.
 
 import socket
 import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from kvstore.errors import ConfigError
 FAILURES: Final = (RedisError, RedisClusterException, OSError)
 # What a command meets while a cluster changes: later it will go.
 CHANGING: Final = (AskError, TryAgainError, ClusterError, RedisClusterException)
+_KINDS: Final = ("", "sentinel", "cluster")
 _PORT: Final = 6379
 _SENTINEL_PORT: Final = 26379
 _FORMS: Final = (
@@ -85,7 +86,9 @@ class RedisServers:
     def open(self) -> None:
         """Connect anew, to whatever is there now."""
         self.close()
-        self.client = getattr(self, _KINDS[self._kind])()
+        made: dict[str, Callable[[], Redis | RedisCluster]]
+        made = {"": self._single, "sentinel": self._sentinel, "cluster": self._cluster}
+        self.client = made[self._kind]()
         self.ping()
 
     def ping(self) -> None:
@@ -195,9 +198,6 @@ class RedisServers:
                 "ssl_min_version": ssl.TLSVersion.TLSv1_2,
             }
         return options
-
-
-_KINDS: Final = {"": "_single", "sentinel": "_sentinel", "cluster": "_cluster"}
 
 
 @contextmanager
