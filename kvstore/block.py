@@ -68,10 +68,26 @@ class Namespace:
         return self._hash  # type: ignore[attr-defined, no-any-return]
 
     @cached_property
+    def canonical(self) -> bytes:
+        """The fields as JSON, the same in every process and release. `from_canonical` undoes it."""
+        return msgspec.json.encode(asdict(self), order="sorted")
+
+    @classmethod
+    def from_canonical(cls, canonical: bytes) -> "Namespace":
+        """The namespace of a canonical form.
+
+        Raises:
+            InvalidRequest: it is none.
+        """
+        try:
+            return msgspec.json.decode(canonical, type=cls)
+        except (msgspec.DecodeError, msgspec.ValidationError) as exc:
+            raise InvalidRequest(f"namespace {canonical[:80]!r} is no canonical form: {exc}") from exc
+
+    @cached_property
     def id(self) -> bytes:
-        """The digest of the canonical fields: 16 bytes, the same in every process and release."""
-        canonical = msgspec.json.encode(asdict(self), order="sorted")
-        return hashlib.blake2b(canonical, digest_size=NAMESPACE_ID_BYTES).digest()
+        """The digest of the canonical form: 16 bytes."""
+        return hashlib.blake2b(self.canonical, digest_size=NAMESPACE_ID_BYTES).digest()
 
     def __str__(self) -> str:
         return f"{self.model}[{self.id.hex()[:8]}]"

@@ -1,0 +1,162 @@
+"""The feed: what a daemon tells our own indexes, and how. Messages and their limits; it opens no socket.
+
+vLLM's event format (`kvstore.index.events`) has no place for a node, an epoch, a heartbeat or a snapshot, so
+the feed is a socket of its own: the daemon's ROUTER, an index's DEALER, one msgpack message in each frame.
+
+    index   Subscribe                                     again whenever it has missed something
+    daemon  Hello, resumed                                it has all that followed, and sends it:
+            Events, Events, ...
+    daemon  Hello, not resumed                            it starts over:
+            Part, Part, ..., End                          all it has, as of the Hello's seq
+            Events, Events, ...                           what followed
+    daemon  Heartbeat                                     every HEARTBEAT_S, after the Events that it counts
+    index   Alive                                         every ALIVE_S, or the daemon forgets it
+
+`seq` numbers Events from 1 within an epoch, 0 is before the first. A message is whole or refused: unknown
+versions and kinds end the subscription and nothing else.
+"""
+
+from typing import Final, TypeVar
+
+import msgspec
+
+from kvstore.block import Medium
+from kvstore.errors import ProtocolError
+
+VERSION: Final = 1
+HEARTBEAT_S: Final = 0.5
+ALIVE_S: Final = 2.0
+# A subscriber that has said nothing for so long is forgotten.
+SUBSCRIBER_S: Final = 10.0
+# Of one frame: a Part or Events of 4,096 keys of 64 bytes with as many parents is 0.6 MB.
+FRAME_BYTES_MAX: Final = 8 << 20
+KEYS_MAX: Final = 4096
+# The parent of a block that starts a prompt.
+ROOT: Final = b""
+
+
+class Stored(msgspec.Struct, frozen=True, array_like=True, tag="s", gc=False):
+    """Blocks that can be read in a medium from now on.
+
+    `namespace` is its canonical form. With `parent` None it is of no key known which one precedes it.
+    Otherwise the keys follow each other, and the first of them follows `parent`, which is ROOT where it
+    starts a prompt.
+    """
+
+    namespace: bytes
+    medium: Medium
+    parent: bytes | None
+    keys: list[bytes]
+
+
+class Removed(msgspec.Struct, frozen=True, array_like=True, tag="r", gc=False):
+    """Blocks that can be read in a medium no longer."""
+
+    namespace: bytes
+    medium: Medium
+    keys: list[bytes]
+
+
+class Digest(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a medium holds: how many blocks, and the sum of their keys' CRC-32 modulo 2**64."""
+
+    blocks: int
+    crc_sum: int
+
+
+class Subscribe(msgspec.Struct, frozen=True, array_like=True, tag="subscribe"):
+    """Send what followed `seq` of `epoch`, or all there is: None has nothing yet."""
+
+    version: int
+    epoch: int | None = None
+    seq: int | None = None
+
+
+class Alive(msgspec.Struct, frozen=True, array_like=True, tag="alive"):
+    """The index is still there."""
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
+    """Who the daemon is, and the seq that what follows begins after.
+
+    `engines` are the addresses of the engines that use it, as routers know them.
+    """
+
+    version: int
+    node: str
+    epoch: int
+    seq: int
+    resumed: bool
+    engines: list[str]
+
+
+class Events(msgspec.Struct, frozen=True, array_like=True, tag="events"):
+    """What happened, in its order. `at_s` is the daemon's wall clock when the first of it happened."""
+
+    seq: int
+    at_s: float
+    events: list[Stored | Removed]
+
+
+class Part(msgspec.Struct, frozen=True, array_like=True, tag="part"):
+    """A piece of a snapshot."""
+
+    stored: list[Stored]
+
+
+class End(msgspec.Struct, frozen=True, array_like=True, tag="end"):
+    """The snapshot is complete; `digests` are of what it held."""
+
+    seq: int
+    digests: dict[Medium, Digest]
+
+
+class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag="heartbeat"):
+    """The daemon is there, `seq` was its last Events, and this is what it has after them."""
+
+    epoch: int
+    seq: int
+    at_s: float
+    digests: dict[Medium, Digest]
+
+
+ToDaemon = Subscribe | Alive
+ToIndex = Hello | Events | Part | End | Heartbeat
+_Message = TypeVar("_Message")
+
+_Decoder = msgspec.msgpack.Decoder
+_encoder: Final = msgspec.msgpack.Encoder()
+_to_daemon: "Final[_Decoder[ToDaemon]]" = _Decoder(ToDaemon)
+_to_index: "Final[_Decoder[ToIndex]]" = _Decoder(ToIndex)
+
+
+def encode(message: ToDaemon | ToIndex) -> bytes:
+    """The frame of a message."""
+    return _encoder.encode(message)
+
+
+def decode_to_daemon(frame: bytes) -> ToDaemon:
+    """The message of a frame from an index.
+
+    Raises:
+        ProtocolError: it is none, or longer than a frame may be.
+    """
+    return _decoded(_to_daemon, frame)
+
+
+def decode_to_index(frame: bytes) -> ToIndex:
+    """The message of a frame from a daemon.
+
+    Raises:
+        ProtocolError: it is none, or longer than a frame may be.
+    """
+    return _decoded(_to_index, frame)
+
+
+def _decoded(decoder: "_Decoder[_Message]", frame: bytes) -> _Message:
+    if len(frame) > FRAME_BYTES_MAX:
+        raise ProtocolError(f"feed: a frame of {len(frame)} bytes; the limit is {FRAME_BYTES_MAX}")
+    try:
+        return decoder.decode(frame)
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as exc:
+        raise ProtocolError(f"feed: {len(frame)} bytes that are no message: {exc}") from exc

@@ -1,0 +1,321 @@
+"""The keys of one namespace and who has them. Pure: it knows masks and keys, no publishers and no clock.
+
+A lookup wants, for every holder, how many leading keys it has. Where the blocks of a holder are closed under
+"what precedes it", which is how engines and daemons evict, the answer is found by bisection: a dozen
+dictionary lookups for 8,192 keys. Where they are not, keys are walked. Both answer the same.
+
+So the table knows which bits are closed, from what the events say precedes each key:
+
+    links   what follows a key, once for all holders
+    holes   keys that some bits lack though a key that follows has them; healed when those come, or go
+    open    bits of blocks of which nobody said what precedes them, until their holder has none left here
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import islice, repeat
+from operator import is_
+from typing import Final, cast
+
+from kvstore.block import Medium
+from kvstore.index.masks import Mask, Masks, bit_of
+
+# A 64-bit hash as engines publish it, cut to 60 bits (8 bytes of memory less), or the bytes of any other key.
+Key = int | bytes
+# What precedes the first block of a prompt.
+ROOT: Final = b""
+# Of more holes the table keeps no account: their bits are walked until their holder begins anew.
+_HOLES_MAX: Final = 1024
+_HEALED_AT_ONCE: Final = 64
+
+_Links = dict[Key, Key | tuple[Key, ...]]
+
+
+class KeyTable:
+    """Keys to masks. `masks` are shared with other tables."""
+
+    def __init__(self, masks: Masks) -> None:
+        self.keys: dict[Key, Mask] = {}
+        self._masks = masks
+        self._links: _Links = {}
+        self._open = 0
+        self._holes: dict[Key, int] = {}
+        self._in_holes = 0
+        self._unhealed = False
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    # What publishers say.
+
+    def store(self, slot: int, medium: Medium, keys: Sequence[Key], parent: Key | None) -> Sequence[Key]:
+        """The slot has these keys in a medium. Those that it did not have there before, in their order.
+
+        With `parent` the keys follow each other, and the first follows it; with None nobody knows.
+        """
+        steps = self._masks.plus(bit_of(slot, medium))
+        olds = list(map(self.keys.get, keys))
+        known = set(olds)
+        if known == {None}:
+            return self._store_new(keys, cast(Mask, steps[None]), parent)
+        if len(set(keys)) != len(keys):
+            keys = list(dict.fromkeys(keys))
+            olds = list(map(self.keys.get, keys))
+        news = cast(list[Mask], list(map(steps.__getitem__, olds)))
+        self.keys.update(zip(keys, news, strict=True))
+        if parent is None:
+            for old in known:
+                self._open |= _gained(old, steps[old])
+        else:
+            self._follow(keys, parent, _gained(olds[0], news[0]))
+        if self._holes:
+            self._fill(keys, news)
+        if not any(map(is_, olds, news)):
+            return keys
+        return [key for key, old, new in zip(keys, olds, news, strict=True) if old is not new]
+
+    def _store_new(self, keys: Sequence[Key], mask: Mask, parent: Key | None) -> Sequence[Key]:
+        """Keys that nobody has: what most events are about."""
+        before = len(self.keys)
+        self.keys.update(zip(keys, repeat(mask), strict=False))
+        if len(self.keys) - before != len(keys):
+            keys = list(dict.fromkeys(keys))
+        if parent is None:
+            self._open |= mask.hits
+        elif self._holes:
+            self._follow(keys, parent, mask.hits)
+        else:
+            self._links.update(zip(keys, islice(keys, 1, None), strict=False))
+            self._follow(keys[:1], parent, mask.hits)
+        if self._holes:
+            self._fill(keys, repeat(mask))
+        return keys
+
+    def remove(self, slot: int, medium: Medium, keys: Sequence[Key]) -> Sequence[Key]:
+        """The slot has these keys in a medium no longer. Those that it had there, in their order."""
+        steps = self._masks.minus(bit_of(slot, medium))
+        if len(keys) > 1 and len(set(keys)) != len(keys):
+            keys = list(dict.fromkeys(keys))
+        olds = list(map(self.keys.get, keys))
+        news = list(map(steps.__getitem__, olds))
+        if any(map(is_, olds, news)):
+            changed = [(k, old, new) for k, old, new in zip(keys, olds, news, strict=True) if old is not new]
+            keys = [key for key, _, _ in changed]
+            olds = [old for _, old, _ in changed]
+            news = [new for _, _, new in changed]
+        for key, new in zip(keys, news, strict=True):
+            if new is None:
+                del self.keys[key]
+            else:
+                self.keys[key] = new
+        self._tear(keys, olds, news)
+        return keys
+
+    def settle(self) -> None:
+        """Look at holes again once a batch is through: what follows them may have left too."""
+        if not self._unhealed:
+            return
+        self._unhealed = len(self._holes) > _HEALED_AT_ONCE
+        for key in list(islice(self._holes, _HEALED_AT_ONCE)):
+            self._holes[key] = self._holes.pop(key) & self._following(key)  # at the end: others' turn
+            if not self._holes[key]:
+                self._healed(key)
+        self._count_holes()
+
+    def reset(self, bits: int) -> None:
+        """Holders have nothing here any more, or are gone, whose bits these are."""
+        self._open &= ~bits
+        if not self._in_holes & bits:
+            return
+        for key in list(self._holes):
+            self._holes[key] &= ~bits
+            if not self._holes[key]:
+                self._healed(key)
+        self._count_holes()
+
+    def purge(self, position: int, count: int) -> int | None:
+        """Forget keys that nobody has since masks were cleared, among `count` from a position on.
+
+        The position to go on at, or None at the end.
+        """
+        some = list(islice(self.keys, position, position + count))
+        nobodys = [key for key in some if not self.keys[key].raw]
+        for key in nobodys:
+            del self.keys[key]
+            if key not in self._holes:
+                self._links.pop(key, None)
+        return None if len(some) < count else position + count - len(nobodys)
+
+    # What lookups ask.
+
+    def depths(self, keys: Sequence[Key], live: int) -> list[tuple[int, int]]:
+        """How many leading keys the bits of `live` have: (depth, bits), deepest first, none of depth 0."""
+        first = self.keys.get(keys[0]) if keys else None
+        if first is None:
+            return []
+        bits = first.hits & live
+        loose = bits & (self._open | self._in_holes)
+        groups = self._bisected(keys, first, bits ^ loose) if bits != loose else []
+        if loose:
+            groups += self._walked(keys, loose)
+        return groups if len(groups) < 2 else _merged(groups)
+
+    def walk(self, keys: Sequence[Key], live: int) -> list[tuple[int, int]]:
+        """What `depths` answers, without trusting that anything is closed."""
+        first = self.keys.get(keys[0]) if keys else None
+        bits = 0 if first is None else first.hits & live
+        return _merged(self._walked(keys, bits)) if bits else []
+
+    def _bisected(self, keys: Sequence[Key], first: Mask, bits: int) -> list[tuple[int, int]]:
+        """Each of `bits` has the first key, whose mask is `first`."""
+        get = self.keys.get
+        last = get(keys[-1])
+        all_the_way = 0 if last is None else last.hits & bits
+        groups = [(len(keys), all_the_way)] if all_the_way else []
+        rest = bits ^ all_the_way
+        # Of each entry, the bits have the key at `has` and lack that at `lacks`. Neighbours mostly have the
+        # same mask, which to see costs less than to compare bits.
+        parts = [(0, len(keys) - 1, rest, first, last)] if rest else []
+        while parts:
+            has, lacks, bits, above, below = parts.pop()
+            while (middle := has + lacks >> 1) != has:
+                mask = get(keys[middle])
+                if mask is above:
+                    has = middle
+                elif mask is below or mask is None:
+                    lacks = middle
+                elif (there := mask.hits & bits) == bits:
+                    has, above = middle, mask
+                elif not there:
+                    lacks, below = middle, mask
+                else:
+                    parts.append((middle, lacks, there, mask, below))
+                    bits ^= there
+                    lacks, below = middle, mask
+            groups.append((lacks, bits))
+        return groups
+
+    def _walked(self, keys: Sequence[Key], bits: int) -> list[tuple[int, int]]:
+        groups = []
+        before: Mask | None = None
+        for depth, mask in enumerate(map(self.keys.get, keys)):
+            if mask is before and mask is not None:
+                continue  # neighbours mostly have the same holders
+            before = mask
+            still = 0 if mask is None else mask.hits & bits
+            if still != bits:
+                groups.append((depth, bits ^ still))
+                bits = still
+                if not bits:
+                    return groups
+        return [*groups, (len(keys), bits)]
+
+    # What precedes what.
+
+    def _follow(self, keys: Sequence[Key], parent: Key, gained: int) -> None:
+        """The keys follow each other; the first of them, which has gained these bits, follows `parent`."""
+        if parent != ROOT:
+            self._add_link(parent, keys[0])
+            mask = self.keys.get(parent)
+            self._add_hole(parent, gained & ~(0 if mask is None else mask.hits))
+        followers = keys[1:]
+        if list(map(self._links.get, keys[:-1])) != followers:
+            for key, follower in zip(keys, followers, strict=False):
+                self._add_link(key, follower)
+
+    def _add_link(self, key: Key, follower: Key) -> None:
+        have = self._links.get(key)
+        if have is None:
+            self._links[key] = follower
+        elif isinstance(have, tuple):
+            if follower not in have:
+                self._links[key] = (*[other for other in have if other in self.keys], follower)
+        elif have != follower:
+            self._links[key] = (have, follower) if have in self.keys else follower
+
+    def _following(self, key: Key) -> int:
+        """The bits of what follows a key."""
+        have = self._links.get(key)
+        if have is None:
+            return 0
+        if not isinstance(have, tuple):
+            mask = self.keys.get(have)
+            return 0 if mask is None else mask.hits
+        bits = 0
+        for follower in have:
+            mask = self.keys.get(follower)
+            bits |= 0 if mask is None else mask.hits
+        return bits
+
+    def _tear(self, keys: Sequence[Key], olds: Sequence[Mask | None], news: Sequence[Mask | None]) -> None:
+        """These keys have lost holders: holes where what follows has not, and links nobody needs."""
+        followers = list(map(self._links.get, keys))
+        if any(map(self.keys.__contains__, _flat(followers))):
+            for key, old, new in zip(keys, olds, news, strict=True):
+                assert old is not None
+                lost = old.hits & ~(0 if new is None else new.hits)
+                self._add_hole(key, lost & self._following(key))
+        for key, new in zip(keys, news, strict=True):
+            if new is None and key not in self._holes:
+                self._links.pop(key, None)
+        self._unhealed = bool(self._holes)
+
+    def _add_hole(self, key: Key, bits: int) -> None:
+        if not bits:
+            return
+        if len(self._holes) >= _HOLES_MAX and key not in self._holes:
+            self._open |= bits
+            return
+        self._holes[key] = self._holes.get(key, 0) | bits
+        self._in_holes |= bits
+
+    def _fill(self, keys: Iterable[Key], masks: Iterable[Mask]) -> None:
+        """These keys have gained holders."""
+        filled = False
+        for key, mask in zip(keys, masks, strict=False):
+            bits = self._holes.get(key)
+            if bits is not None:
+                filled = True
+                self._holes[key] = bits & ~mask.hits
+                if not self._holes[key]:
+                    del self._holes[key]
+        if filled:
+            self._count_holes()
+
+    def _healed(self, key: Key) -> None:
+        del self._holes[key]
+        if key not in self.keys:
+            self._links.pop(key, None)
+
+    def _count_holes(self) -> None:
+        self._in_holes = 0
+        for bits in self._holes.values():
+            self._in_holes |= bits
+
+    def check(self) -> None:
+        """Raise AssertionError unless what is bisected is what would be walked, for every key and link."""
+        closed = ~(self._open | self._in_holes)
+        for key in self._links:
+            mask = self.keys.get(key)
+            missing = self._following(key) & ~(0 if mask is None else mask.hits)
+            assert not missing & closed, f"{key!r} is lacked by {missing & closed:#x}, which is no hole"
+        assert all(bits for bits in self._holes.values())
+
+
+def _gained(old: Mask | None, new: Mask | None) -> int:
+    return (0 if new is None else new.hits) & ~(0 if old is None else old.hits)
+
+
+def _flat(followers: Iterable[Key | tuple[Key, ...] | None]) -> Iterable[Key]:
+    for have in followers:
+        if isinstance(have, tuple):
+            yield from have
+        elif have is not None:
+            yield have
+
+
+def _merged(groups: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """One group for each depth, deepest first."""
+    depth_to_bits: dict[int, int] = {}
+    for depth, bits in groups:
+        depth_to_bits[depth] = depth_to_bits.get(depth, 0) | bits
+    return sorted(depth_to_bits.items(), reverse=True)
