@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvstore.block import Medium, Namespace
+from kvstore.index.holding import Holding
 from kvstore.index.keytable import ROOT, Key, KeyTable
-from kvstore.index.locality import Engine, Holding, Locality, Placement
+from kvstore.index.locality import Locality
 from kvstore.index.masks import MEDIA, Masks, bit_of
+from kvstore.index.placement import Engine, Placement
 
 VLLM = Namespace("m", block_tokens=16, scheme="vllm-sha256:00000000")
 LMCACHE = Namespace("m", block_tokens=256, scheme="lmcache-blake3:00000000")

@@ -293,7 +293,7 @@ class KeyTable:
 
     def check(self) -> None:
         """Raise AssertionError unless what is bisected is what would be walked, for every key and link."""
-        closed = ~(self._open | self._in_holes)
+        closed = ~(self._open | self._in_holes | self._masks.dead)
         for key in self._links:
             mask = self.keys.get(key)
             missing = self._following(key) & ~(0 if mask is None else mask.hits)

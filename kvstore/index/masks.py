@@ -61,7 +61,7 @@ class Steps(dict[Mask | None, Mask | None]):
 
 
 class Masks:
-    """All masks there are."""
+    """All masks there are. `dead` are bits that mean nothing until all masks are clear of them."""
 
     def __init__(self) -> None:
         self._raw_to_mask: dict[int, Mask] = {}
@@ -71,7 +71,7 @@ class Masks:
         self._steps = 0
         self._slots = 0
         self._not_first = self._not_first_two = 0
-        self._dead = 0
+        self.dead = 0
         self._unclear: list[Mask] = []
 
     def __len__(self) -> int:
@@ -79,7 +79,7 @@ class Masks:
 
     def of(self, raw: int) -> Mask | None:
         """The mask of these bits; None for none."""
-        raw &= ~self._dead
+        raw &= ~self.dead
         if not raw:
             return None
         mask = self._raw_to_mask.get(raw)
@@ -112,12 +112,12 @@ class Masks:
 
     def clear(self, bits: int) -> None:
         """Begin to take these bits out of all masks, which `clear_some` does. Until then nobody sets them."""
-        self._dead |= bits
+        self.dead |= bits
         self._unclear = list(self._all)
 
     def clear_some(self, count: int) -> bool:
         """Go on with so many masks. Whether all are clear now."""
-        dead = self._dead
+        dead = self.dead
         for mask in self._unclear[-count:]:
             if mask.raw & dead:
                 mask.raw &= ~dead
@@ -125,7 +125,7 @@ class Masks:
         del self._unclear[-count:]
         if self._unclear:
             return False
-        self._dead = 0
+        self.dead = 0
         self._forget()
         return True
 
