@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
-from itertools import pairwise
 from typing import Final
 from urllib.parse import parse_qsl, urlencode
 
 from kvstore.block import Namespace
 from kvstore.errors import InvalidRequest
+from kvstore.tokens import cbor, cbor_chunks, cbor_head, token_array
 
 # What vLLM makes NONE_HASH from where PYTHONHASHSEED is not set: vllm/v1/core/kv_cache_utils.py.
 VLLM_SEED: Final = "vllm-none-hash"
@@ -87,9 +87,7 @@ def lmcache_engine_keys(
     """
     ids = _checked(tokens, chunk_tokens, algorithm, ("sha256_cbor", "builtin"))
     if algorithm == "sha256_cbor" and seed is not None:
-        digests = _cbor_chain(
-            ids, chunk_tokens, seed, lambda digest: _cbor_head(0, _first64(digest)), b"\x80"
-        )
+        digests = _cbor_chain(ids, chunk_tokens, seed, lambda digest: cbor(_first64(digest)), b"\x80")
         return [lmcache_engine_key(_first64(digest)) for digest in digests]
     start = 0 if seed is None else hash(seed)
     return [lmcache_engine_key(number) for number in _builtin_chain(tokens, chunk_tokens, start, ())]
@@ -272,15 +270,7 @@ def _checked(
         raise InvalidRequest(f"hash algorithm is {algorithm!r}; give one of {', '.join(algorithms)}")
     if chunk_tokens < 1:
         raise InvalidRequest(f"chunk_tokens is {chunk_tokens}; give at least 1, LMCache's chunk size")
-    try:
-        return array("I", tokens if isinstance(tokens, list) else list(tokens))
-    except (OverflowError, TypeError):
-        for position, token in enumerate(tokens):
-            if not hasattr(token, "__index__") or not 0 <= token <= _U32_MAX:
-                raise InvalidRequest(
-                    f"token {position} is {token!r:.40}; give token ids from 0 to {_U32_MAX}"
-                ) from None
-        raise
+    return token_array(tokens)
 
 
 def _blake3_chain(ids: "array[int]", chunk_tokens: int) -> list[bytes]:
@@ -304,38 +294,11 @@ def _cbor_chain(
     ids: "array[int]", chunk_tokens: int, seed: str, link: Callable[[bytes], bytes], extra: bytes
 ) -> Iterator[bytes]:
     """sha256 of [previous, [token...], extra] in canonical CBOR, which `link` writes `previous` in."""
-    text = seed.encode()
-    digest = hashlib.sha256(_cbor_head(3, len(text)) + text).digest()
-    opening = _cbor_head(4, chunk_tokens)
-    for chunk in _cbor_chunks(ids, chunk_tokens):
+    digest = hashlib.sha256(cbor(seed)).digest()
+    opening = cbor_head(4, chunk_tokens)
+    for chunk in cbor_chunks(ids, chunk_tokens):
         digest = hashlib.sha256(b"\x83" + link(digest) + opening + chunk + extra).digest()
         yield digest
-
-
-def _cbor_chunks(ids: "array[int]", chunk_tokens: int) -> Iterator[bytes]:
-    """The tokens of each complete chunk in canonical CBOR, all encoded at once."""
-    import numpy as np
-
-    values = np.asarray(ids)
-    # A number is a head of one byte (itself below 24) and then 0, 1, 2 or 4 bytes. So a row of 5 bytes is the
-    # head and the whole number, of which only the last `length` bytes are kept.
-    length = (values >= 24).astype(np.uint8) + (values >= 1 << 8) + 2 * (values >= 1 << 16).astype(np.uint8)
-    heads = np.array([0, 24, 25, 0, 26], np.uint8)
-    rows = np.empty((len(values), 5), np.uint8)
-    rows[:, 0] = np.where(length == 0, values, heads.take(length))
-    rows[:, 1:] = values.astype(">u4").view(np.uint8).reshape(-1, 4)
-    column = np.arange(5)
-    kept = (column == 0) | (column > 4 - column[:, None])
-    data = rows[kept.take(length, axis=0)].tobytes()
-    ends = np.cumsum(length + 1, dtype=np.int64)[chunk_tokens - 1 :: chunk_tokens].tolist()
-    return (data[start:end] for start, end in pairwise([0, *ends]))
-
-
-def _cbor_head(major: int, value: int) -> bytes:
-    if value < 24:
-        return bytes([major << 5 | value])
-    power = next(power for power in range(4) if value < 1 << (8 << power))
-    return bytes([major << 5 | 24 + power]) + value.to_bytes(1 << power, "big")
 
 
 def _first64(digest: bytes) -> int:
