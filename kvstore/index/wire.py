@@ -18,8 +18,9 @@ from kvstore.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-# Frames read before others have their turn: about 1 ms.
+# Frames read before others have their turn, unless they take longer.
 _TURN: Final = 64
+_TURN_S: Final = 0.001
 _KEY_CHARS: Final = 40
 # libzmq's own pings find a peer that vanished without a word.
 _PING_MS: Final = 1000
@@ -42,13 +43,21 @@ class Wire:
 
     def send(self, frames: Sequence[bytes]) -> bool:
         """Send a message, or do not where the other side takes none now. Whether it went."""
+        # Sending, even in vain, may swallow the edge that announces something to read.
+        self._schedule()
         try:
             self.socket.send_multipart(frames, zmq.NOBLOCK)
         except zmq.ZMQError:  # full, or nobody there
             return False
-        # Sending may have swallowed the edge that announces something to read.
-        self._schedule()
         return True
+
+    @property
+    def writable(self) -> bool:
+        """Whether the other side takes messages now; with zmq.IMMEDIATE also whether it is connected."""
+        events = int(self.socket.getsockopt(zmq.EVENTS))
+        # As with sending.
+        self._schedule()
+        return bool(events & zmq.POLLOUT)
 
     def close(self) -> None:
         """End it; what was sent may still be lost."""
@@ -67,6 +76,7 @@ class Wire:
         if self._again is not None:
             self._again.cancel()
             self._again = None
+        until_s = self._loop.time() + _TURN_S
         for _ in range(_TURN):
             if self.socket.closed:
                 return
@@ -81,6 +91,8 @@ class Wire:
                 self._on_message(frames)
             except Exception:  # whoever sent it must not end what others use
                 logger.exception("a message of %d frames could not be handled", len(frames))
+            if self._loop.time() > until_s:
+                break
         if not self.socket.closed:
             self._schedule()
 
@@ -108,7 +120,8 @@ def bind(socket: "zmq.Socket[bytes]", host: str, port: int, name: str) -> str:
         ConfigError: the address is taken, or none of this machine's.
     """
     try:
-        number = getaddrinfo(host, port, type=SOCK_STREAM)[0][4][0]
+        number = str(getaddrinfo(host, port, type=SOCK_STREAM)[0][4][0])
+        socket.setsockopt(zmq.IPV6, ":" in number)  # or IPv4 addresses would look like IPv6 ones
         socket.bind(f"tcp://[{number}]:{port or '*'}" if ":" in number else f"tcp://{number}:{port or '*'}")
     except (zmq.ZMQError, OSError, UnicodeError) as exc:
         reason = getattr(exc, "strerror", None) or exc
