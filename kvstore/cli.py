@@ -1,10 +1,7 @@
 """The command line: one function a command. It parses, calls and prints; it decides nothing."""
 
-import json
-import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import wraps
 from importlib.metadata import version
 from inspect import signature
@@ -14,14 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
-from kvstore import operate, screen
+from kvstore import locate, operate, screen
 from kvstore.block import Namespace
 from kvstore.config import Config, as_toml, load
-from kvstore.options import HERE, Address, AsJson, client, errors
+from kvstore.options import HERE, Address, ConfigFile, Model, Salt, client, errors, key_of
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(operate.app)
 app.add_typer(screen.app)
+app.add_typer(locate.app)
 
 Dram = Annotated[str | None, typer.Option(help="capacity of the arena, as 4GiB")]
 Nvme = Annotated[
@@ -34,9 +32,10 @@ Data = Annotated[str | None, typer.Option(help="HOST:PORT of TCP for clients off
 TakeOver = Annotated[
     bool | None, typer.Option("--take-over", help="end the daemon on the socket, and go on with its arena")
 ]
-ConfigFile = Annotated[Path | None, typer.Option(help="TOML file; flags go before it")]
-Model = Annotated[str, typer.Option(help="the namespace's model")]
-Salt = Annotated[str, typer.Option(help="the namespace's salt")]
+Events = Annotated[bool | None, typer.Option("--events", help="tell indexes and routers what comes and goes")]
+EmbeddedIndex = Annotated[
+    bool | None, typer.Option("--index", help="run a locality index beside the daemon; it implies --events")
+]
 Key = Annotated[str, typer.Argument(help="the block's key: text, or hex after 0x")]
 Read = Callable[[], Config]
 
@@ -62,6 +61,8 @@ def _loader(
     http: Http = None,
     data: Data = None,
     take_over: TakeOver = None,
+    events: Events = None,
+    index: EmbeddedIndex = None,
     config: ConfigFile = None,
 ) -> Read:
     """What reads the file, with the flags that were given on top."""
@@ -69,6 +70,10 @@ def _loader(
     sections = {"dram": ("capacity", dram), "nvme": ("directories", nvme), "redis": ("url", redis)}
     given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     given |= {name: {knob: value} for name, (knob, value) in sections.items() if value not in (None, [])}
+    if events:
+        given["events"] = {}
+    if index:
+        given["index"] = {"embedded": True}
     return lambda: load(config, given)
 
 
@@ -103,6 +108,14 @@ def show_config(read: Read) -> None:
     print(as_toml(read()), end="")
 
 
+@app.command("key")
+def print_key() -> None:
+    """Print a fresh key for the feeds of events, to be put into a file of every daemon and index."""
+    from kvstore.index.wire import new_key
+
+    print(new_key())
+
+
 @app.command()
 def put(
     key: Key,
@@ -114,7 +127,7 @@ def put(
     """Store a file as one block."""
     with client(address) as store:
         data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-        store.put(Namespace(model=model, salt=salt), _key(key), data)
+        store.put(Namespace(model=model, salt=salt), key_of(key), data)
     print(f"{len(data)} bytes")
 
 
@@ -128,35 +141,10 @@ def get(
 ) -> None:
     """Fetch one block. Exits with 1 when it is not there."""
     with client(address) as store:
-        data = store.get(Namespace(model=model, salt=salt), _key(key))
+        data = store.get(Namespace(model=model, salt=salt), key_of(key))
         if data is not None and output is not None:
             output.write_bytes(data)
     if data is None:
         sys.exit(f"kvstore: no block {key} of {model}")
     if output is None:
         sys.stdout.buffer.write(data)
-
-
-@app.command()
-def lookup(
-    keys: Annotated[list[str], typer.Argument(help="a prefix: keys, head first")],
-    model: Model,
-    salt: Salt = "",
-    wait_s: Annotated[float, typer.Option("--wait", help="seconds for shared tiers; 0: ask none")] = 1.0,
-    address: Address = HERE,
-    as_json: AsJson = False,
-) -> None:
-    """Say how many leading keys are there, per medium."""
-    with client(address) as store:
-        names = [_key(key) for key in keys]
-        hits = asdict(store.hit_length(Namespace(model=model, salt=salt), names, wait_s=wait_s))
-    print(json.dumps(hits) if as_json else "  ".join(f"{medium} {count}" for medium, count in hits.items()))
-
-
-def _key(text: str) -> bytes:
-    if not text.startswith("0x"):
-        return os.fsencode(text)
-    try:
-        return bytes.fromhex(text[2:])
-    except ValueError:
-        sys.exit(f"kvstore: key {text!r} is no hex after 0x")

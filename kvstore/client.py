@@ -114,8 +114,9 @@ class StoreClient(Questions):
     ) -> WriteLease[bytes]:
         """Reserve memory for blocks that continue `parent` in the order of `keys`, `nbytes` long each.
 
-        With `wait_s=0` it never waits; otherwise up to `wait_s` for room. `tokens` are the blocks' token
-        ids, for those who follow the daemon's events.
+        With `wait_s=0` it never waits; otherwise up to `wait_s` for room. `parent` is the key before the
+        first: b"" where that starts a prompt, None where it is not known. `tokens` are the blocks' token ids.
+        Both are for those who follow the daemon's events.
 
         Raises:
             InvalidRequest: keys or lengths are out of their limits, or a key is here with another length.

@@ -4,14 +4,17 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from kvstore.errors import ConfigError
 from kvstore.knobs import Config as Config
 from kvstore.knobs import DramConfig as DramConfig
+from kvstore.knobs import EngineConfig as EngineConfig
+from kvstore.knobs import EventsConfig as EventsConfig
+from kvstore.knobs import IndexConfig as IndexConfig
 from kvstore.knobs import LimitsConfig as LimitsConfig
 from kvstore.knobs import NvmeConfig as NvmeConfig
 from kvstore.knobs import QuotasConfig as QuotasConfig
@@ -41,6 +44,8 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Config:
         data[key] = {**below, **value} if isinstance(value, Mapping) else value
     config = _build(Config, data, "")
     assert isinstance(config, Config)
+    if config.index.embedded and config.events is None:
+        config = replace(config, events=EventsConfig())
     validate(config)
     return config
 
@@ -59,9 +64,24 @@ def as_toml(config: Config) -> str:
     for name in sections:
         section = getattr(config, name)
         there = section is not None
-        block = [f"[{name}]", *_knob_lines(section if there else _SECTIONS[name]())]
-        lines += ["", *(block if there else [line if line.startswith("#") else f"#{line}" for line in block])]
+        shown = section if there else _SECTIONS[name]()
+        tables = [knob.name for knob in fields(shown) if f"{name}.{knob.name}" in _TABLES]
+        block = [f"[{name}]", *_knob_lines(shown, skip=tables)]
+        lines += ["", *(block if there else _commented(block))]
+        for table in tables:
+            lines += _table_lines(f"{name}.{table}", getattr(shown, table))
     return "\n".join(lines) + "\n"
+
+
+def _table_lines(name: str, tables: Sequence[Any]) -> Iterator[str]:
+    """Each table of an array; where there is none, what one would look like."""
+    for table in tables or [_TABLES[name]()]:
+        block = ["", f"[[{name}]]", *_knob_lines(table)]
+        yield from block if tables else _commented(block)
+
+
+def _commented(block: Iterable[str]) -> Iterator[str]:
+    return (line if line.startswith("#") or not line else f"#{line}" for line in block)
 
 
 def _knob_lines(section: Any, skip: Sequence[str] = ()) -> Iterator[str]:
@@ -69,7 +89,7 @@ def _knob_lines(section: Any, skip: Sequence[str] = ()) -> Iterator[str]:
         if knob.name in skip:
             continue
         value = getattr(section, knob.name)
-        if isinstance(value, str) and (shown := _PASSWORD.sub(r"\1", value)) != value:
+        if (shown := _without_password(value)) != value:
             value = shown
             yield "# without its password"
         notes = [" (live)"] if knob.metadata["live"] else []
@@ -77,6 +97,12 @@ def _knob_lines(section: Any, skip: Sequence[str] = ()) -> Iterator[str]:
             notes.append(f" (default {_literal(knob.default)})")
         yield f"# {knob.metadata['doc']}{''.join(notes)}"
         yield f"{knob.name} = {_literal(value)}"
+
+
+def _without_password(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_without_password, value))
+    return _PASSWORD.sub(r"\1", value) if isinstance(value, str) else value
 
 
 def _literal(value: Any) -> str:
@@ -100,7 +126,11 @@ _SECTIONS: Final = {
     "redis": RedisConfig,
     "limits": LimitsConfig,
     "quotas": QuotasConfig,
+    "events": EventsConfig,
+    "index": IndexConfig,
 }
+# Arrays of tables.
+_TABLES: Final = {"index.engines": EngineConfig}
 
 
 def _build(kind: type, data: Mapping[str, Any], prefix: str) -> Any:
@@ -108,6 +138,7 @@ def _build(kind: type, data: Mapping[str, Any], prefix: str) -> Any:
     known = {f.name: f for f in fields(kind)}
     values: dict[str, Any] = {}
     for key, value in data.items():
+        table = _TABLES.get(f"{prefix}{key}")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
             raise ConfigError(
@@ -118,9 +149,17 @@ def _build(kind: type, data: Mapping[str, Any], prefix: str) -> Any:
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{key} is {value!r}; it is a section: write [{key}]")
             values[key] = _build(section, value, f"{key}.")
+        elif table is not None:
+            values[key] = _built_tables(table, value, f"{prefix}{key}")
         else:
             values[key] = _typed(f"{prefix}{key}", value, known[key].default)
     return kind(**values)
+
+
+def _built_tables(kind: type, value: Any, name: str) -> tuple[Any, ...]:
+    if not isinstance(value, list) or not all(isinstance(table, Mapping) for table in value):
+        raise ConfigError(f"{name} is {value!r:.80}; it is an array of tables: write [[{name}]]")
+    return tuple(_build(kind, table, f"{name}.") for table in value)
 
 
 def _typed(name: str, value: Any, default: Any) -> Any:

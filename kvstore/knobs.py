@@ -192,6 +192,84 @@ def _parse_quotas(
 
 
 @dataclass(frozen=True, slots=True)
+class EventsConfig:
+    """`[events]`: what the daemon tells of its blocks, to our indexes and to others' routers."""
+
+    feed: str = _knob(
+        "127.0.0.1:7404", "HOST:PORT for our indexes, port 0 for any; beyond loopback with a key"
+    )
+    key_file: str = _knob("", "file that `kvstore key` made: only who has the same one may follow the feed")
+    engines: tuple[str, ...] = _knob(
+        (),
+        "ADDRESS, or ADDRESS@MODEL, of each engine that uses this daemon, as routers know it; without any, "
+        "others' routers are told nothing",
+    )
+    publish: str = _knob(
+        "127.0.0.1:7402", "HOST:PORT for others' routers, as vLLM's events; used with engines"
+    )
+    replay: str = _knob("127.0.0.1:7403", "HOST:PORT where they can ask for what they have missed")
+    ports: str = _knob(
+        "shared",
+        "shared: a topic for each engine; each: ports of its own, counted up, for routers without topics",
+    )
+    format: str = _knob("maps", "maps as vLLM 0.32 has them, or arrays as before, for llm-d and AIBrix")
+    tokens: bool = _knob(False, "keep token ids, 4 bytes each, and tell them to others' routers")
+    clear: bool = _knob(
+        True,
+        "say at start that all is cleared, or routers go on believing the daemon before; false where they "
+        "would take that for the engine's own blocks, and that is worse",
+    )
+    plain: bool = _knob(False, "let publish and replay be beyond loopback: who can connect may read them")
+
+    @property
+    def engine_addresses(self) -> list[str]:
+        """Without their models, each once."""
+        return list(dict.fromkeys(engine.partition("@")[0] for engine in self.engines))
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """`[[index.engines]]`: an engine whose own KV events the index follows."""
+
+    name: str = _knob("", "the engine's address, as routers know it")
+    events: str = _knob("", "ZeroMQ endpoint of its events, as tcp://10.0.0.5:5557")
+    replay: str = _knob("", "that of its replay socket; without one, what is missed is lost")
+    topic: str = _knob("", "the topic that it publishes under")
+    kind: str = _knob("vllm", "vllm or sglang")
+    model: str = _knob("", "the model, as requests name it")
+    block_tokens: int = _knob(16, "tokens of a block, or of a page")
+    hash: str = _knob(
+        "",
+        "its prefix-caching hash: sha256, sha256_cbor, xxhash or xxhash_cbor of vLLM, sha256 of SGLang; "
+        "empty: whatever it is, keys are made anew of tokens, which costs more",
+    )
+    seed: str = _knob("", "PYTHONHASHSEED of the engine, if it has one")
+    eagle: bool = _knob(False, "SGLang with EAGLE, whose pages are of pairs")
+    ranks: int = _knob(
+        1, "data-parallel ranks: each at the port plus its number, and by the name of ADDRESS#RANK"
+    )
+    nodes: tuple[str, ...] = _knob((), "names of daemons that it uses, beside those that name it")
+
+
+@dataclass(frozen=True, slots=True)
+class IndexConfig:
+    """`[index]`: who has how much of a prompt, for routers. `kvstore index` runs one."""
+
+    embedded: bool = _knob(False, "run one beside this daemon, as a process of its own; it implies [events]")
+    http: str = _knob("127.0.0.1:7405", "HOST:PORT of lookups, health and metrics, port 0 for any")
+    nodes: tuple[str, ...] = _knob(
+        (),
+        "feeds of daemons: HOST:PORT, dns://NAME:PORT for all addresses of a name, or the URL of a Redis "
+        "where they say that they are there",
+    )
+    key_file: str = _knob("", "file with the key of the feeds; else that of [events]")
+    snapshot: str = _knob("", "file that holds what the index knows across restarts; empty for none")
+    snapshot_s: float = _knob(60.0, "how often it is written")
+    blocks_max: int = _knob(4_000_000, "blocks that one publisher may claim, 100 to 300 bytes each")
+    engines: tuple[EngineConfig, ...] = _knob((), "engines that publish events: a table each")
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """All of it."""
 
@@ -218,6 +296,8 @@ class Config:
     redis: RedisConfig | None = None
     limits: LimitsConfig = LimitsConfig()
     quotas: QuotasConfig = QuotasConfig()
+    events: EventsConfig | None = None
+    index: IndexConfig = IndexConfig()
 
     @property
     def token(self) -> str | None:

@@ -40,6 +40,19 @@ _NODE_COUNTERS = {
     "bytes_received": "Bytes received from clients",
     "bytes_sent": "Bytes sent to clients",
 }
+_EVENTS_GAUGES = {
+    "seq": "Frames of events so far",
+    "frames": "Frames of events that are kept",
+    "frame_bytes": "Bytes of the frames of events that are kept",
+    "subscribers": "Indexes that follow the feed of events",
+    "topics": "Topics that events are announced under",
+}
+_EVENTS_COUNTERS = {
+    "stored_blocks": "Blocks told of as stored in a medium",
+    "removed_blocks": "Blocks told of as removed from a medium",
+    "dropped": "Followers of the feed that were silent, or too slow",
+    "refused": "Messages to the feed that were none",
+}
 _TIER_GAUGES = {
     "capacity_bytes": "Bytes that a tier was made with; of a remote one, of what the node remembers of it",
     "ready_bytes": "Bytes of a tier that are populated, and can be used",
@@ -93,6 +106,11 @@ class NodeCollector(Collector):
             yield _family(GaugeMetricFamily, metric, text, getattr(now, name))
         for name, text in _NODE_COUNTERS.items():
             yield _family(CounterMetricFamily, name, text, getattr(now, name))
+        if now.events is not None:
+            for name, text in _EVENTS_GAUGES.items():
+                yield _family(GaugeMetricFamily, f"events_{name}", text, getattr(now.events, name))
+            for name, text in _EVENTS_COUNTERS.items():
+                yield _family(CounterMetricFamily, f"events_{name}", text, getattr(now.events, name))
         yield from _tier_families(now.tiers)
         yield from _salt_families(now.salts)
 

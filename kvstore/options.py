@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +14,9 @@ from kvstore.config import default_socket
 from kvstore.errors import KVStoreError
 
 Address = Annotated[str, typer.Option("--address", "-a", help="unix:/path or tcp://host:port of the daemon")]
+ConfigFile = Annotated[Path | None, typer.Option(help="TOML file; flags go before it")]
+Model = Annotated[str, typer.Option(help="the namespace's model")]
+Salt = Annotated[str, typer.Option(help="the namespace's salt")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 HERE = f"unix:{default_socket()}"
 
@@ -31,3 +35,13 @@ def client(address: str) -> Iterator[StoreClient]:
     """A connection to the daemon there."""
     with errors(), StoreClient.connect(address, token=os.environ.get("KVSTORE_TOKEN")) as store:
         yield store
+
+
+def key_of(text: str) -> bytes:
+    """A block's key as it is typed: text, or hex after 0x."""
+    if not text.startswith("0x"):
+        return os.fsencode(text)
+    try:
+        return bytes.fromhex(text[2:])
+    except ValueError:
+        sys.exit(f"kvstore: key {text!r} is no hex after 0x")

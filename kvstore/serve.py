@@ -6,30 +6,34 @@ import gc
 import logging
 import os
 import signal
-import socket
-import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
 from kvstore import logs
+from kvstore.child import Child
 from kvstore.config import Config, parse_endpoint
 from kvstore.errors import ConfigError, KVStoreError
+from kvstore.http_server import HttpServer, Readiness
+from kvstore.index.settings import beside
+from kvstore.index.wire import load_key
+from kvstore.listening import endpoint, listen_http, tls
 from kvstore.live import Live, limits, quotas, tier_settings
 from kvstore.memory import HUGE_PAGE_BYTES
 from kvstore.metrics import exposition
-from kvstore.node.arena import Arena
+from kvstore.node.arena import Arena, Listener
 from kvstore.node.blocks import Block
 from kvstore.node.directory import TierDirectory
 from kvstore.node.handover import Heir, estate, send
-from kvstore.node.http import HttpServer, Readiness, health_app
+from kvstore.node.http import node_app
 from kvstore.node.lower import Lower
 from kvstore.node.policy import POLICIES
 from kvstore.node.server import Server, clear_stale_socket
 from kvstore.node.store import Store
 from kvstore.node.takeover import Inheritance, take_over
+from kvstore.publishing import Publishing
 from tiers.base import Slot, StorageTier
 from tiers.dram import DramTier
 from tiers.nvme import NvmeTier
@@ -59,13 +63,17 @@ class Daemon:
             slots = self._dram.claim(inherited.spans(), inherited.estate.ready_bytes)
         directory = TierDirectory(self._dram.name, self._dram.medium, POLICIES[config.dram.policy]())
         debug = os.environ.get("KVSTORE_DEBUG") == "1"
-        arena = Arena(self._dram, directory, [], debug=debug)
+        listeners: list[Listener] = []
+        arena = Arena(self._dram, directory, listeners, debug=debug)
         self._socket = Path(config.socket)
         epoch = _next_epoch(self._socket.with_suffix(".epoch"))
         missing_s = 0.0 if config.redis is None else config.redis.missing_s
         # Above all leases that go on, even where the clock was set back.
         first_lease = max([epoch, *[number + 1 for number in (inherited.lease_ids if inherited else [])]])
-        self._store = Store(arena, _lowers(config), first_lease=first_lease, missing_s=missing_s)
+        self._store = Store(arena, _lowers(config, listeners), first_lease=first_lease, missing_s=missing_s)
+        self._publishing = None if config.events is None else Publishing(config.events, self._store)
+        if self._publishing is not None:
+            listeners.append(self._publishing.publisher)
         self._store.salts.set_quotas(quotas(config))
         self._stop = asyncio.Event()
         self._server = Server(
@@ -77,8 +85,11 @@ class Daemon:
             token=config.token,
             limits=limits(config),
         )
+        if self._publishing is not None:
+            self._server.events = self._publishing
         self._live = Live(config, self._server, read)
         self._reloads: set[asyncio.Task[object]] = set()
+        self._index: Child | None = None
         self._listening = False
         self._failed: BaseException | None = None
         self._unwritten: list[Block] = []
@@ -97,20 +108,22 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
-        app = health_app(
+        app = node_app(
             self.readiness, exposition(self._server.statistics), self._reload, lambda: self._server.token
         )
         http = HttpServer(app)
-        http_socket = _listen_http(self._config.http)
+        http_socket = listen_http(self._config.http)
         serving = loop.create_task(http.serve(sockets=[http_socket]))
         populating = threading.Thread(target=self._populate, args=(loop,), name="populate", daemon=True)
         populating.start()
         try:
-            addresses = [f"http={_endpoint(http_socket)}"]
+            addresses = [f"http={endpoint(http_socket)}"]
+            if self._publishing is not None:
+                addresses += self._publishing.open(self._config.node, self._server.epoch)
             if self._config.data:
                 host, port = parse_endpoint(self._config.data, "data")
                 try:
-                    port = await self._server.listen_tcp(host, port, _tls(self._config))
+                    port = await self._server.listen_tcp(host, port, tls(self._config))
                 except (OSError, UnicodeError) as exc:
                     raise ConfigError(f"data address {self._config.data}: {exc}") from exc
                 addresses.append(f"data={host}:{port}")
@@ -125,10 +138,17 @@ class Daemon:
             gc.freeze()
             print("kvstore ready:", f"socket={self._socket}", *addresses, flush=True)
             logger.info("node %s, epoch %d", self._config.node, self._server.epoch)
+            if self._config.index.embedded and self._publishing is not None:
+                self._index = Child("index", beside(self._config, self._publishing.feed))
+                self._index.start()
             await self._stop.wait()
         finally:
             self._listening = False
             await self._end()
+            if self._index is not None:
+                await self._index.stop()
+            if self._publishing is not None:
+                self._publishing.close()
             self._dram.close()
             http.should_exit = True
             await serving
@@ -232,8 +252,10 @@ def stored_tier(path: Path) -> NvmeTier:
 def _inherited(config: Config) -> Inheritance | None:
     """The arena of the daemon that listens now, unless it is smaller than ours is to be."""
     assert config.dram is not None
-    _lowers(config)
-    _tls(config)  # whatever is wrong with either, the other daemon goes on
+    _lowers(config, [])
+    tls(config)  # whatever is wrong with any of these, the other daemon goes on
+    if config.events is not None and config.events.key_file:
+        load_key(config.events.key_file)
     inherited = take_over(Path(config.socket))
     if inherited is None:
         return None
@@ -249,12 +271,12 @@ def _inherited(config: Config) -> Inheritance | None:
     return inherited
 
 
-def _lowers(config: Config) -> list[Lower]:
+def _lowers(config: Config, listeners: Sequence[Listener]) -> list[Lower]:
     """The tiers below the arena, fastest first."""
     lowers = []
     for tier, settings in zip(_storage_tiers(config), tier_settings(config), strict=True):
         directory = TierDirectory(tier.name, tier.medium, POLICIES[settings.policy]())
-        lower = Lower(tier, directory, settings.rules, [])
+        lower = Lower(tier, directory, settings.rules, listeners)
         lower.turn(on=settings.enabled)
         lowers.append(lower)
     return lowers
@@ -282,37 +304,6 @@ def _storage_tiers(config: Config) -> list[StorageTier]:
             )
         )
     return tiers
-
-
-def _tls(config: Config) -> ssl.SSLContext | None:
-    if not config.tls_certificate:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(config.tls_certificate, config.tls_key)
-    except OSError as exc:
-        raise ConfigError(f"tls_certificate {config.tls_certificate}: {exc}") from exc
-    return context
-
-
-def _listen_http(address: str) -> socket.socket:
-    host, port = parse_endpoint(address, "http")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-    except (OSError, UnicodeError) as exc:
-        sock.close()
-        reason = getattr(exc, "strerror", None) or exc
-        raise ConfigError(f"http address {address}: {reason}; give another, or port 0") from exc
-    return sock
-
-
-def _endpoint(sock: socket.socket) -> str:
-    host, port = sock.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _next_epoch(path: Path) -> int:

@@ -155,6 +155,25 @@ class SaltState:
 
 
 @dataclass(frozen=True, slots=True)
+class EventsState:
+    """What is told of blocks. `seq` is that of the last frame, of which the last `frames` are kept.
+
+    `dropped` subscribers were silent or too slow, `refused` are messages of theirs that were none. `topics`
+    are those announced to others' routers.
+    """
+
+    seq: int
+    frames: int
+    frame_bytes: int
+    stored_blocks: int
+    removed_blocks: int
+    subscribers: int
+    dropped: int
+    refused: int
+    topics: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class NodeStatistics:
     """Everything a daemon has to say of itself.
 
@@ -178,3 +197,4 @@ class NodeStatistics:
     counters: StoreCounters = field(default_factory=StoreCounters)
     salts: list[SaltState] = field(default_factory=list)
     draining: bool = False
+    events: EventsState | None = None

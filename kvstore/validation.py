@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 
 from kvstore.errors import ConfigError
-from kvstore.knobs import Config, DramConfig, NvmeConfig, RedisConfig, parse_endpoint
+from kvstore.index.settings import validate_index
+from kvstore.knobs import Config, DramConfig, EventsConfig, NvmeConfig, RedisConfig, parse_endpoint
 
 
 def validate(config: Config) -> None:
@@ -16,6 +17,9 @@ def validate(config: Config) -> None:
         _validate_nvme(config.nvme)
     if config.redis is not None:
         _validate_redis(config.redis)
+    if config.events is not None:
+        _validate_events(config.events)
+    validate_index(config.index)
     _ = config.quotas.dram_bytes, config.quotas.nvme_bytes  # or ConfigError
     for name in ("client_pinned_fraction", "client_reserved_fraction"):
         value = getattr(config.limits, name)
@@ -33,7 +37,11 @@ def validate(config: Config) -> None:
         raise ConfigError("tls_certificate and tls_key go together; give both or none")
     if not Path(config.socket).name:
         raise ConfigError(f"socket is {config.socket!r}; give the path of a file")
-    for name, address in (("http", config.http), ("data", config.data)):
+    for name, address in (
+        ("http", config.http),
+        ("data", config.data),
+        ("index.http", config.index.http),
+    ):
         if address and not _is_loopback(parse_endpoint(address, name)[0]) and config.token is None:
             raise ConfigError(
                 f"{name} is {address}, which is beyond loopback, and no token is set; give token_file"
@@ -89,6 +97,49 @@ def _validate_redis(redis: RedisConfig) -> None:
         raise ConfigError(f"redis.missing_s is {redis.missing_s}; give 0 to 3600 seconds")
     if not 0.01 <= redis.timeout_s <= 600:
         raise ConfigError(f"redis.timeout_s is {redis.timeout_s}; give 0.01 to 600 seconds")
+
+
+def _validate_events(events: EventsConfig) -> None:
+    if events.ports not in ("shared", "each"):
+        raise ConfigError(f"events.ports is {events.ports!r}; give shared or each")
+    if events.format not in ("maps", "arrays"):
+        raise ConfigError(f"events.format is {events.format!r}; give maps or arrays")
+    for engine in events.engines:
+        address, at, model = engine.partition("@")
+        if not address or (at and not model):
+            raise ConfigError(
+                f'events.engines: {engine!r}; give ADDRESS or ADDRESS@MODEL, as "10.0.0.1:8000"'
+            )
+    if len(set(events.engines)) != len(events.engines):
+        raise ConfigError(f"events.engines names an engine twice: {', '.join(events.engines)}")
+    if not _is_loopback(parse_endpoint(events.feed, "events.feed")[0]) and not events.key_file:
+        raise ConfigError(
+            f"events.feed is {events.feed}, which is beyond loopback, and no key is set; give key_file"
+        )
+    for name in ("publish", "replay"):
+        address = getattr(events, name)
+        if not _is_loopback(parse_endpoint(address, f"events.{name}")[0]) and not events.plain:
+            raise ConfigError(
+                f"events.{name} is {address}, which is beyond loopback, and whoever can connect may read "
+                "what is announced; set plain = true if that is meant"
+            )
+    _check_ports(events)
+
+
+def _check_ports(events: EventsConfig) -> None:
+    """No port may be wanted twice, on whatever host."""
+    engines = len(events.engine_addresses)
+    doors = engines if events.ports == "each" else min(1, engines)
+    wanted = [parse_endpoint(events.feed)[1]]
+    for address in (events.publish, events.replay):
+        port = parse_endpoint(address)[1]
+        wanted += [port + number if port else 0 for number in range(doors)]
+    ports = [port for port in wanted if port]
+    if len(set(ports)) != len(ports) or max(wanted) > 65535:
+        raise ConfigError(
+            f"events: feed {events.feed}, publish {events.publish} and replay {events.replay} with {doors} "
+            "ports each meet; give others"
+        )
 
 
 def _is_loopback(host: str) -> bool:

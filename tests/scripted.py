@@ -30,6 +30,7 @@ from kvstore.node.blocks import Block, State
 from kvstore.node.directory import TierDirectory
 from kvstore.node.lease import Grant, Holder, ReadLease
 from kvstore.node.lower import Lower
+from kvstore.node.origin import Origin
 from kvstore.node.policy import LRU
 from kvstore.node.promote import Shelves
 from kvstore.node.rules import Rules
@@ -509,7 +510,7 @@ class Log:
         self.readable: dict[str, dict[tuple[bytes, bytes], Block]] = {}
         self.wrong: list[str] = []
 
-    def sealed(self, tier: str, blocks: Sequence[Block], tokens: bytes | None) -> None:
+    def sealed(self, tier: str, blocks: Sequence[Block], origin: Origin | None) -> None:
         readable = self.readable.setdefault(tier, {})
         for block in blocks:
             self.lines.append(("sealed", tier, block.key))

@@ -250,3 +250,5 @@ def test_config_prints_what_serve_would_have(tmp_path: Path) -> None:
     file.write_text(printed)
     assert Command("config", "--config", str(file)).text == printed
     assert "\n#[dram]\n" in Command("config").text
+    assert "\n#[events]\n" in Command("config").text
+    assert "\n[events]\n" in Command("config", "--events").text

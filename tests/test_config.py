@@ -10,6 +10,7 @@ import pytest
 from kvstore.config import (
     Config,
     DramConfig,
+    EventsConfig,
     LimitsConfig,
     NvmeConfig,
     as_toml,
@@ -229,6 +230,66 @@ def test_a_setting_of_the_disk_out_of_range_is_an_error_that_names_it_and_the_li
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"feed": "7404"}, "events.feed is '7404'; give HOST:PORT"),
+        (
+            {"feed": "0.0.0.0:7404"},
+            "events.feed is 0.0.0.0:7404, which is beyond loopback, and no key is set",
+        ),
+        (
+            {"publish": "0.0.0.0:7402"},
+            "events.publish is 0.0.0.0:7402, which is beyond loopback, and whoever",
+        ),
+        (
+            {"replay": "node:7403"},
+            "events.replay is node:7403, which is beyond loopback, and whoever can connect",
+        ),
+        ({"ports": "some"}, "events.ports is 'some'; give shared or each"),
+        ({"format": "json"}, "events.format is 'json'; give maps or arrays"),
+        ({"engines": [""]}, "events.engines: ''; give ADDRESS or ADDRESS@MODEL"),
+        ({"engines": ["@m"]}, "events.engines: '@m'; give ADDRESS or ADDRESS@MODEL"),
+        ({"engines": ["a@"]}, "events.engines: 'a@'; give ADDRESS or ADDRESS@MODEL"),
+        ({"engines": ["a", "a"]}, "events.engines names an engine twice: a, a"),
+        ({"engines": ["a"], "replay": "127.0.0.1:7402"}, "publish 127.0.0.1:7402 and replay 127.0.0.1:7402"),
+        ({"engines": ["a", "b"], "ports": "each"}, "with 2 ports each meet; give others"),
+        ({"engines": ["a", "b"], "ports": "each", "replay": "127.0.0.1:65535"}, "with 2 ports each meet"),
+        ({"tokens": 1}, "events.tokens is 1"),
+    ],
+)
+def test_a_setting_of_events_out_of_range_is_an_error_that_names_it_and_the_remedy(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(None, {**DRAM, "events": settings})
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"feed": "0.0.0.0:7404", "key_file": "key"},
+        {
+            "publish": "0.0.0.0:0",
+            "replay": "node:0",
+            "plain": True,
+            "engines": ["a:8000", "[::1]:80@org/m@1"],
+        },
+        {
+            "engines": ["a", "b", "b@m"],
+            "ports": "each",
+            "publish": "127.0.0.1:7405",
+            "replay": "127.0.0.1:7407",
+        },
+        {"engines": ["a"] * 1, "feed": "127.0.0.1:0", "publish": "127.0.0.1:0", "replay": "127.0.0.1:0"},
+    ],
+)
+def test_settings_of_events_that_are_possible(settings: dict[str, Any]) -> None:
+    assert load(None, {**DRAM, "events": settings}).events is not None
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.9, 0.8), (0, 0.5), (0.5, 1.1), (-1, 0.5), (float("nan"), 1)])
 def test_watermarks_out_of_order_are_an_error_that_names_both(low: float, high: float) -> None:
     with pytest.raises(ConfigError, match=r"give 0 < low <= high <= 1") as caught:
@@ -318,7 +379,8 @@ def test_every_knob_is_printed_with_what_it_is_for_and_whether_it_is_live() -> N
     printed = as_toml(load(None, {"dram": {"capacity": "4MiB"}}))
     assert '(live) (default "1GiB")\ncapacity = "4MiB"\n' in printed
     assert "\n#[nvme]\n" in printed
-    for section in (Config(), DramConfig(), NvmeConfig(), RedisConfig(), LimitsConfig(), QuotasConfig()):
+    sections = (DramConfig(), NvmeConfig(), RedisConfig(), LimitsConfig(), QuotasConfig(), EventsConfig())
+    for section in (Config(), *sections):
         for knob in fields(section):
             if "doc" in knob.metadata:
                 doc = re.escape(knob.metadata["doc"] + " (live)" * knob.metadata["live"])
@@ -344,7 +406,7 @@ def test_tiers_are_there_only_when_asked_for(tmp_path: Path) -> None:
 
 def test_sections_that_are_not_there_are_printed_as_comments(tmp_path: Path) -> None:
     printed = as_toml(load(None, {}))
-    for name in ("dram", "nvme", "redis"):
+    for name in ("dram", "nvme", "redis", "events"):
         assert f"\n\n#[{name}]\n# " in printed
     assert "\n\n[limits]\n" in printed
     assert "\n#\n" not in printed

@@ -133,7 +133,7 @@ def test_every_statistic_is_a_metric(node: Node, store: StoreClient, namespace: 
     for calls in ("reads", "writes"):
         assert f"kvstore_tier_{calls}_seconds_count{labels}" in samples
     for field in fields(NodeStatistics):
-        if field.name not in ("node", "epoch", "tiers", "counters", "salts"):
+        if field.name not in ("node", "epoch", "tiers", "counters", "salts", "events"):
             name = field.name.removesuffix("_s") + ("_seconds" if field.name.endswith("_s") else "")
             assert {f"kvstore_{name}", f"kvstore_{name}_total"} & samples.keys(), name
     assert samples["kvstore_sealed_blocks_total"] == 2

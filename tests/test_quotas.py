@@ -18,6 +18,7 @@ from kvstore.node.arena import Arena
 from kvstore.node.blocks import Block
 from kvstore.node.directory import TierDirectory
 from kvstore.node.lease import Grant, Holder, ReadLease
+from kvstore.node.origin import Origin
 from kvstore.node.policy import FIFO, LRU
 from kvstore.node.promote import Shelves
 from kvstore.node.rules import Rules
@@ -404,7 +405,7 @@ class Tenants(RuleBasedStateMachine):
             salt: self.store.directory.shelves(Namespace(model="tenants", salt=salt)) for salt in SALTS
         }
 
-    def sealed(self, tier: str, blocks: Sequence[Block], tokens: bytes | None) -> None:
+    def sealed(self, tier: str, blocks: Sequence[Block], origin: Origin | None) -> None:
         pass
 
     def removed(self, tier: str, blocks: Sequence[Block]) -> None:

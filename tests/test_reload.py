@@ -17,7 +17,7 @@ from kvstore.block import Medium, Namespace
 from kvstore.client import StoreClient
 from kvstore.config import Config
 from kvstore.errors import ConfigError
-from kvstore.knobs import DramConfig, NvmeConfig, RedisConfig
+from kvstore.knobs import DramConfig, EventsConfig, NvmeConfig, RedisConfig
 from kvstore.live import Change, Live, compare
 from kvstore.node.policy import FIFO
 from kvstore.node.rules import Rules
@@ -34,6 +34,7 @@ CONFIG = Config(
     dram=DramConfig(capacity=2 * MIB),
     nvme=NvmeConfig(directories=("/mnt/a:8MiB",)),
     redis=RedisConfig(url="redis://127.0.0.1:1"),
+    events=EventsConfig(),
 )
 
 
@@ -133,7 +134,7 @@ def test_a_live_knob_arrives_where_it_matters_and_goes_back(
 def test_any_other_knob_needs_a_restart_and_stays_as_it_is(name: str) -> None:
     section, _, knob = name.rpartition(".")
     now = getattr(getattr(CONFIG, section) if section else CONFIG, knob)
-    other = now + ("other" if isinstance(now, str) else 1)
+    other = (*now, "other") if isinstance(now, tuple) else now + ("other" if isinstance(now, str) else 1)
     assert compare(CONFIG, changed(CONFIG, name, other), CONFIG) == (CONFIG, Change([], [name]))
 
 

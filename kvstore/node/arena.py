@@ -5,6 +5,7 @@ from typing import Protocol
 
 from kvstore.node.blocks import Block
 from kvstore.node.directory import TierDirectory
+from kvstore.node.origin import Origin
 from kvstore.node.room import Room
 from kvstore.node.waiting import Waiting
 from kvstore.statistics import TierCounters
@@ -16,15 +17,21 @@ ROOM = "room"  # what those wait for who need a slot
 class Listener(Protocol):
     """Where the life of blocks comes out: after seal, and before a slot is used again."""
 
-    def sealed(self, tier: str, blocks: Sequence[Block], tokens: bytes | None) -> None:
-        """These blocks, in the order of their prefix, are readable in the tier from now on."""
+    def sealed(self, tier: str, blocks: Sequence[Block], origin: Origin | None) -> None:
+        """These blocks, in the order of their prefix, are readable in the tier from now on.
+
+        `origin` is there when their writer has committed them: what it said of them.
+        """
 
     def removed(self, tier: str, blocks: Sequence[Block]) -> None:
         """These blocks are readable in the tier no longer."""
 
 
 class Arena:
-    """A slot tier, its blocks, who waits for them, and who is told of them. `debug` is for `Room`."""
+    """A slot tier, its blocks, who waits for them, and who is told of them. `debug` is for `Room`.
+
+    Listeners may join `listeners` while no block is there yet.
+    """
 
     def __init__(
         self, tier: SlotTier, directory: TierDirectory, listeners: Sequence[Listener], *, debug: bool
@@ -33,7 +40,7 @@ class Arena:
         self.directory = directory
         self.room = Room(tier, directory, memory=tier, debug=debug)
         self.waiting = Waiting()
-        self.listeners = tuple(listeners)
+        self._listeners = listeners
         self.counters = TierCounters()
         self.evicted_stamp = 0  # of the block that left last
         self._on_evicted: list[Callable[[Sequence[Block]], None]] = []
@@ -55,14 +62,14 @@ class Arena:
         self._count_evicted(blocks)
         self.announce_removed(blocks)
 
-    def announce_sealed(self, blocks: Sequence[Block], tokens: bytes | None = None) -> None:
+    def announce_sealed(self, blocks: Sequence[Block], origin: Origin | None = None) -> None:
         """Tell the listeners."""
-        for listener in self.listeners:
-            listener.sealed(self.directory.name, blocks, tokens)
+        for listener in self._listeners:
+            listener.sealed(self.directory.name, blocks, origin)
 
     def announce_removed(self, blocks: Sequence[Block]) -> None:
         """Tell the listeners."""
-        for listener in self.listeners:
+        for listener in self._listeners:
             listener.removed(self.directory.name, blocks)
 
     def free(self, slots: Sequence[Slot]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from kvstore.errors import InvalidRequest, LeaseError
 from kvstore.node.blocks import Block
+from kvstore.node.origin import Origin
 from tiers.base import Slot
 
 
@@ -24,15 +25,16 @@ class ReadLease:
 class WriteLease:
     """Reserved blocks, one entry a granted key, None once committed or aborted.
 
-    `present` are the blocks of the same request that were there already. When the holder's connection is
+    `origin` is what was said of a chain of keys; None where they continue nothing. `present` are the blocks
+    of the same request that were there already. When the holder's connection is
     lost, the blocks are aborted at once and `orphans` are the slots that its process may still write.
     """
 
-    __slots__ = ("block_bytes", "id", "open", "orphans", "present", "tokens")
+    __slots__ = ("block_bytes", "id", "open", "origin", "orphans", "present")
 
-    def __init__(self, lease_id: int, tokens: bytes | None) -> None:
+    def __init__(self, lease_id: int, origin: Origin | None) -> None:
         self.id = lease_id
-        self.tokens = tokens
+        self.origin = origin
         self.open: list[Block | None] = []
         self.present: list[Block] = []
         self.block_bytes = 0

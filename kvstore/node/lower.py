@@ -39,7 +39,8 @@ _START_S: Final = 5.0
 class Lower:
     """A storage tier with its directory. `unwritten` are blocks of the arena that it is still to get.
 
-    The value there is whether the block is owed: kept in the arena until it has been written.
+    The value there is whether the block is owed: kept in the arena until it has been written. Listeners may
+    join `listeners` while no block is there yet.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Lower:
         self.writing_blocks = self.writing_bytes = 0
         self.calls = 0  # under way or about to be, late ones included; kept by those who make them
         self.evicted_stamp = 0  # of the block that left last
-        self._listeners = tuple(listeners)
+        self._listeners = listeners
         # What readers are loading, or waiting to; how fast that goes.
         self.loading_bytes = 0
         self.pace = Pace(_GUESSES[tier.medium])

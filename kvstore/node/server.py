@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from kvstore.errors import ConfigError, InvalidRequest, ProtocolError, Unauthorized
 from kvstore.node.connection import Connection
@@ -20,7 +20,7 @@ from kvstore.node.lease import Holder
 from kvstore.node.quarantine import Quarantine, peer_pidfd
 from kvstore.node.session import Session
 from kvstore.node.store import Store
-from kvstore.statistics import NodeStatistics
+from kvstore.statistics import EventsState, NodeStatistics
 from tiers.base import SlotTier
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,16 @@ class Limits:
     client_pinned_fraction: float = 0.5
     client_reserved_fraction: float = 0.5
     clients: int = 4096
+
+
+class Events(Protocol):
+    """Who tells others what comes and goes."""
+
+    def statistics(self) -> EventsState:
+        """What it has told."""
+
+    def check(self) -> list[str]:
+        """What is wrong in that."""
 
 
 class Server:
@@ -65,6 +75,7 @@ class Server:
         self.limits = limits or Limits()
         self.quarantine = Quarantine(store)
         self.heir: Heir | None = None
+        self.events: Events | None = None
         self._stop = stop
         self._sessions: dict[Session, tuple[Connection, int | None]] = {}
         self._servers: list[asyncio.AbstractServer] = []
@@ -195,6 +206,7 @@ class Server:
             counters=self.store.counters,
             salts=self.store.salts.statistics(),
             draining=self.store.drain.under_way,
+            events=None if self.events is None else self.events.statistics(),
         )
 
     def open_writes(self) -> int:
@@ -202,7 +214,8 @@ class Server:
 
     def check(self) -> list[str]:
         holders = [session.holder for session in self._sessions]
-        return self.store.check([*holders, *self.quarantine.holders()])
+        wrong = self.store.check([*holders, *self.quarantine.holders()])
+        return wrong if self.events is None else [*wrong, *self.events.check()]
 
     # Helpers.
 

@@ -3,12 +3,14 @@
 import itertools
 from collections.abc import Iterable, Sequence
 
+from kvstore.block import check_keys
 from kvstore.errors import InvalidRequest, LeaseError
 from kvstore.node.accounts import Together
 from kvstore.node.arena import ROOM, Arena
 from kvstore.node.blocks import Block, Shelf, State
 from kvstore.node.lease import Grant, Holder, WriteLease, check_distinct
 from kvstore.node.movement import Movements
+from kvstore.node.origin import Origin
 from kvstore.node.promote import Shelves
 from kvstore.statistics import StoreCounters
 from tiers.base import Slot
@@ -41,23 +43,28 @@ class Writers:
     ) -> Grant:
         """Reserve what is missing of a chain of keys, as far as there is room at once.
 
+        The first key follows `parent`: b"" where it starts a prompt, None where that is not known.
+
         What is granted is a leading run of what is missing; everything after the first key that finds no
         room is refused. The lease is the holder's until every granted key is committed or it is aborted.
 
         Raises:
-            InvalidRequest: a key occurs twice, or can be read here with another length. Nothing was reserved.
+            InvalidRequest: a key occurs twice or can be read here with another length, or the parent is no
+                key. Nothing was reserved.
         """
         check_distinct(keys)
-        last = None if parent is None else shelves[0].resident(parent)
+        if parent:
+            check_keys([parent])
+        last = shelves[0].resident(parent) if parent else None
         items = [(shelves, key) for key in keys]
-        return self._reserve(holder, items, lengths, last, tokens, chain=True)
+        return self._reserve(holder, items, lengths, last, Origin(keys, parent, tokens))
 
     def reserve_each(
         self, holder: Holder, items: Sequence[tuple[Shelves, bytes]], lengths: Sequence[int]
     ) -> Grant:
         """Like `reserve`, for keys of several namespaces, which continue nothing."""
         check_distinct([(shelves[0].namespace.id, key) for shelves, key in items])
-        return self._reserve(holder, items, lengths, None, None, chain=False)
+        return self._reserve(holder, items, lengths, None, None)
 
     def undo(self, holder: Holder, lease: WriteLease) -> None:
         """Take a reserve back as if it had not been: nobody is told that room has appeared."""
@@ -85,7 +92,7 @@ class Writers:
             del holder.writes[lease_id]
             self._arena.waiting.wake(ROOM)
         self._counters.sealed_blocks += len(blocks)
-        self._arena.announce_sealed(blocks, lease.tokens)
+        self._arena.announce_sealed(blocks, lease.origin)
         self._movements.demoter.sealed(blocks)
         return len(blocks)
 
@@ -119,12 +126,10 @@ class Writers:
         items: Sequence[tuple[Shelves, bytes]],
         lengths: Sequence[int],
         last: Block | None,
-        tokens: bytes | None,
-        *,
-        chain: bool,
+        origin: Origin | None,
     ) -> Grant:
         self._check_lengths(items, lengths)
-        lease = WriteLease(next(self._lease_ids), tokens)
+        lease = WriteLease(next(self._lease_ids), origin)
         status = bytearray(b"r" * len(items))
         slots: list[Slot] = []
         self._arena.room.begin()
@@ -153,7 +158,7 @@ class Writers:
             else:
                 refused = True
                 continue
-            last = block if chain else None
+            last = None if origin is None else block
         self._directory.unpin(kept)
         self._arena.settle()
         if lease.open:

@@ -1,0 +1,77 @@
+"""An HTTP server beside other work on one event loop: its token, and what every process answers.
+
+Health and metrics are open, and tell nothing of any block.
+"""
+
+import hmac
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """What is `missing` until a process should be used, and what its users may know: lines for people."""
+
+    missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def health_app(title: str, readiness: Callable[[], Readiness], metrics: Callable[[], bytes]) -> FastAPI:
+    """Whether it lives, whether it should be used, and what it counts."""
+    app = FastAPI(title=title, docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        return text("ok")
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        now = readiness()
+        lines = now.missing or ["; ".join(["ready", *now.notes])]
+        return text("\n".join(lines), 503 if now.missing else 200)
+
+    @app.get("/metrics")
+    async def read_metrics() -> Response:
+        return Response(metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return app
+
+
+def text(line: str, status: int = 200) -> Response:
+    """An answer for people."""
+    return Response(f"{line}\n", status, media_type="text/plain")
+
+
+def refusal(request: Request, token: str | None) -> Response | None:
+    """The answer to who does not know the token; None to who does."""
+    if _authorized(request.headers.get("authorization", ""), token):
+        return None
+    answer = text("give the token as Authorization: Bearer", 401)
+    answer.headers["WWW-Authenticate"] = "Bearer"
+    return answer
+
+
+def _authorized(header: str, token: str | None) -> bool:
+    scheme, _, given = header.partition(" ")
+    if token is None:
+        return True
+    # Headers are bytes, which arrive as Latin-1.
+    same = hmac.compare_digest(given.strip().encode("latin-1", "replace"), token.encode())
+    return same and scheme.lower() == "bearer"
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn on a loop that has signal handlers of its own."""
+
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1
+            )
+        )
+
+    def install_signal_handlers(self) -> None:
+        """None: stopping is the process's own."""

@@ -1,0 +1,94 @@
+"""What a daemon publishes with: the outbox, who fills it, the sockets that empty it. It only joins them."""
+
+import zmq
+
+from kvstore.index.announcer import Announcer
+from kvstore.index.feed_server import FeedServer
+from kvstore.index.outbox import Outbox
+from kvstore.index.wire import load_key
+from kvstore.knobs import EventsConfig, parse_endpoint
+from kvstore.node.store import Store
+from kvstore.publisher import Publisher
+from kvstore.statistics import EventsState
+
+
+class Publishing:
+    """Follows a store from the start; `open` lets others follow it."""
+
+    def __init__(self, config: EventsConfig, store: Store) -> None:
+        """Raises ConfigError where its key cannot be read."""
+        self._config = config
+        self._secret = load_key(config.key_file) if config.key_file else None
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._outbox = Outbox()
+        self.publisher = Publisher(store.directory.tiers, self._outbox, tokens=config.tokens)
+        self._feed: FeedServer | None = None
+        self._announcer: Announcer | None = None
+
+    def open(self, node: str, epoch: int) -> list[str]:
+        """Listen. The answer names the addresses.
+
+        Raises:
+            ConfigError: one is taken, or cannot be listened on.
+        """
+        config = self._config
+        self._feed = FeedServer(
+            self._context,
+            parse_endpoint(config.feed, "events.feed"),
+            self._outbox,
+            self.publisher,
+            node=node,
+            epoch=epoch,
+            engines=config.engine_addresses,
+            secret=self._secret,
+        )
+        if not config.engines:
+            return [f"feed={self._feed.endpoint}"]
+        self._announcer = Announcer(
+            self._context,
+            config.engines,
+            self.publisher.tokens_of,
+            publish=parse_endpoint(config.publish, "events.publish"),
+            replay=parse_endpoint(config.replay, "events.replay"),
+            each=config.ports == "each",
+            arrays=config.format == "arrays",
+            first_seq=epoch,
+            clear=config.clear,
+        )
+        self._outbox.follow(self._announcer.announce)
+        publish, replay = self._announcer.endpoints
+        return [f"feed={self._feed.endpoint}", f"publish={publish}", f"replay={replay}"]
+
+    @property
+    def feed(self) -> str:
+        """HOST:PORT of the feed, once it is open."""
+        return "" if self._feed is None else self._feed.endpoint
+
+    def close(self) -> None:
+        """Tell nobody anything more."""
+        self._outbox.close()
+        if self._feed is not None:
+            self._feed.close()
+        if self._announcer is not None:
+            self._announcer.close()
+        self._context.destroy(linger=0)
+
+    def check(self) -> list[str]:
+        """What was told otherwise than it is."""
+        self._outbox.flush()
+        return self.publisher.check()
+
+    def statistics(self) -> EventsState:
+        """As of now."""
+        outbox, feed, announcer = self._outbox, self._feed, self._announcer
+        return EventsState(
+            seq=outbox.seq,
+            frames=len(outbox.frames),
+            frame_bytes=outbox.frames_bytes,
+            stored_blocks=outbox.stored_blocks,
+            removed_blocks=outbox.removed_blocks,
+            subscribers=0 if feed is None else feed.subscribers,
+            dropped=0 if feed is None else feed.dropped,
+            refused=(0 if feed is None else feed.refused) + (0 if announcer is None else announcer.refused),
+            topics=0 if announcer is None else announcer.topics,
+        )
