@@ -10,7 +10,7 @@ SHELL := /bin/bash
 MEMORY_TESTS := $(patsubst %,tests/test_%.py,client dram drain faults fuzz listing lmcache lmcache_remote movement \
 	nvme_node quotas redis_node room states takeover)
 # Take all cores there are, or time what happens. The others mostly wait, so two files of them run at a time.
-ALONE := $(patsubst %,tests/test_%.py,lmcache_faults stress tcp)
+ALONE := $(patsubst %,tests/test_%.py,index_faults lmcache_faults stress tcp)
 IN_PAIRS := --numprocesses 2 --dist loadfile $(addprefix --ignore ,$(ALONE))
 
 .PHONY: run test test-engines test-debug demo bench lint clean
@@ -26,13 +26,14 @@ run: $(VENV)/.daemon
 test: $(VENV)/.test $(VENV)/tools
 	$(BIN)/python -m pytest $(IN_PAIRS)
 	$(BIN)/python -m pytest $(ALONE)
+	$(MAKE) test-engines
 
 test-engines: $(VENV)/.test $(ENGINES)/.engines
 	$(BIN)/python -m pytest tests/engines
 
 test-debug: $(VENV)/.test
 	KVSTORE_DEBUG=1 $(BIN)/python -m pytest $(IN_PAIRS) $(MEMORY_TESTS)
-	KVSTORE_DEBUG=1 $(BIN)/python -m pytest $(ALONE)
+	KVSTORE_DEBUG=1 $(BIN)/python -m pytest $(filter-out %/test_index_faults.py,$(ALONE))
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.demo
@@ -46,7 +47,7 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(ENGINES)
+	rm -rf $(VENV) $(ENGINES) $(ENGINES).lock
 
 # One stamp for each extra that is installed; `test` holds all others.
 $(VENV)/.%: pyproject.toml
@@ -66,10 +67,6 @@ $(VENV)/tools: | $(VENV)/.test
 	done
 	mv $@.new $@
 
-# vLLM and LMCache's connector in it, without the daemon: an engine's environment as in production.
-$(ENGINES)/.engines: pyproject.toml $(wildcard tests/engines/requirements*.txt)
-	test -x $(ENGINES)/bin/python || $(PYTHON) -m venv $(ENGINES) || python3 -m venv $(ENGINES)
-	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/engines/requirements.txt
-	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-		-r tests/engines/requirements-no-deps.txt --editable .
-	touch $@
+# vLLM, SGLang's publisher and LMCache's connector, without the daemon: an engine's environment as in production.
+$(ENGINES)/.engines: pyproject.toml tests/engines/install $(wildcard tests/engines/requirements*.txt)
+	tests/engines/install $(ENGINES) $(PYTHON)

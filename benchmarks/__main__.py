@@ -12,7 +12,8 @@ from benchmarks.harness import ROUNDS_MIN, Report, Settings
 from benchmarks.processes import Cores, cores_of_this_process
 from benchmarks.report import describe_machine, print_machine, print_report, write_json
 
-NAMES: Final = ("node", "scale", "allocator", "trace", "nvme", "tiers", "redis", "lmcache")
+_OF_NODES: Final = ("node", "scale", "allocator", "trace", "nvme", "tiers", "redis", "lmcache")
+NAMES: Final = (*_OF_NODES, "lookup", "ingest")
 QUICK_ROUNDS: Final = 2
 
 

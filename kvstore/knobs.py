@@ -199,6 +199,8 @@ class EventsConfig:
         "127.0.0.1:7404", "HOST:PORT for our indexes, port 0 for any; beyond loopback with a key"
     )
     key_file: str = _knob("", "file that `kvstore key` made: only who has the same one may follow the feed")
+    registry: str = _knob("", "a Redis to register in, as redis://host:6379, where indexes find this daemon")
+    advertise: str = _knob("", "HOST:PORT of the feed as indexes reach it; empty: as it listens")
     engines: tuple[str, ...] = _knob(
         (),
         "ADDRESS, or ADDRESS@MODEL, of each engine that uses this daemon, as routers know it; without any, "

@@ -5,6 +5,7 @@ import zmq
 from kvstore.index.announcer import Announcer
 from kvstore.index.feed_server import FeedServer
 from kvstore.index.outbox import Outbox
+from kvstore.index.registry import Registration
 from kvstore.index.wire import load_key
 from kvstore.knobs import EventsConfig, parse_endpoint
 from kvstore.node.store import Store
@@ -24,6 +25,7 @@ class Publishing:
         self.publisher = Publisher(store.directory.tiers, self._outbox, tokens=config.tokens)
         self._feed: FeedServer | None = None
         self._announcer: Announcer | None = None
+        self._registration: Registration | None = None
 
     def open(self, node: str, epoch: int) -> list[str]:
         """Listen. The answer names the addresses.
@@ -42,6 +44,15 @@ class Publishing:
             engines=config.engine_addresses,
             secret=self._secret,
         )
+        if config.registry:
+            self._registration = Registration(
+                config.registry,
+                node=node,
+                feed=config.advertise or self._feed.endpoint,
+                epoch=epoch,
+                engines=config.engine_addresses,
+            )
+            self._registration.start()
         if not config.engines:
             return [f"feed={self._feed.endpoint}"]
         self._announcer = Announcer(
@@ -64,8 +75,10 @@ class Publishing:
         """HOST:PORT of the feed, once it is open."""
         return "" if self._feed is None else self._feed.endpoint
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Tell nobody anything more."""
+        if self._registration is not None:
+            await self._registration.stop()
         self._outbox.close()
         if self._feed is not None:
             self._feed.close()

@@ -148,7 +148,7 @@ class Daemon:
             if self._index is not None:
                 await self._index.stop()
             if self._publishing is not None:
-                self._publishing.close()
+                await self._publishing.close()
             self._dram.close()
             http.should_exit = True
             await serving

@@ -116,6 +116,8 @@ def _validate_events(events: EventsConfig) -> None:
         raise ConfigError(
             f"events.feed is {events.feed}, which is beyond loopback, and no key is set; give key_file"
         )
+    if events.registry and not events.advertise and parse_endpoint(events.feed)[0] in ("0.0.0.0", "::"):
+        raise ConfigError(f"events.feed is {events.feed}, which nobody can reach; give events.advertise")
     for name in ("publish", "replay"):
         address = getattr(events, name)
         if not _is_loopback(parse_endpoint(address, f"events.{name}")[0]) and not events.plain:

@@ -16,7 +16,7 @@ from typing import Final
 
 FORKS: Final = get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["kvstore.cli", "kvstore.serve", "uvloop", "tests.forked", "tests.stress_client"]
+    ["kvstore.cli", "kvstore.serve", "kvstore.index.main", "uvloop", "tests.forked", "tests.stress_client"]
 )
 
 

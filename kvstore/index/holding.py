@@ -12,6 +12,7 @@ from typing import Final, Protocol
 from kvstore.block import Medium, Namespace
 from kvstore.index.keytable import Key, KeyTable
 from kvstore.index.masks import Masks, bits_of
+from kvstore.index.saved import SavedHolding
 
 # Namespaces and shards of one holding: tenants, and ranks.
 NAMESPACES_MAX: Final = 65_536
@@ -119,6 +120,25 @@ class Holding:
     def place(self, namespace: Namespace) -> Place | None:
         """Where its blocks of a namespace are, if it has had any."""
         return self._places.get(namespace)
+
+    def save(self) -> SavedHolding:
+        """What to go on from after a restart, but for the tables."""
+        blocks = [(namespace.canonical, place.blocks) for namespace, place in self._places.items()]
+        return SavedHolding(self.name, self.over, dict(self._shard_to_slot), blocks)
+
+    def restore(self, saved: SavedHolding) -> None:
+        """Have what was saved, in tables that are still to be filled.
+
+        Raises:
+            InvalidRequest, KeyError: it names a namespace that is none, or one in a shard without a slot.
+        """
+        self.over = saved.over
+        self._shard_to_slot = saved.slots
+        for canonical, blocks in saved.blocks:
+            namespace = Namespace.from_canonical(canonical)
+            slot = saved.slots[namespace.shard]
+            self._places[namespace] = Place(self._index.table(namespace), slot, blocks)
+            self.blocks += blocks
 
     def give_up(self) -> tuple[list[int], list[Place]]:
         """Its slots and places, which are its own no longer."""

@@ -12,16 +12,18 @@ So the table knows which bits are closed, from what the events say precedes each
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import islice, repeat
+from itertools import count, islice, repeat
 from operator import is_
 from typing import Final, cast
 
 from kvstore.block import Medium
 from kvstore.index.masks import Mask, Masks, bit_of
+from kvstore.index.saved import SavedTable, bits_from_bytes, bits_to_bytes
 
 # A 64-bit hash as engines publish it, cut to 60 bits (8 bytes of memory less), or the bytes of any other key.
 Key = int | bytes
-# What precedes the first block of a prompt.
+# What precedes the first block of a prompt. Publishers are believed: a key that one of them says starts a
+# prompt, and that follows another key all the same, as no chained hash does, makes its own depths wrong.
 ROOT: Final = b""
 # Of more holes the table keeps no account: their bits are walked until their holder begins anew.
 _HOLES_MAX: Final = 1024
@@ -290,6 +292,50 @@ class KeyTable:
         self._in_holes = 0
         for bits in self._holes.values():
             self._in_holes |= bits
+
+    # Across a restart.
+
+    def save(self, namespace: bytes, bits: int, mask_to_place: dict[Mask, int]) -> SavedTable:
+        """What holders with these bits have here; masks that the dictionary lacks are added to it."""
+        keys = [key for key, mask in self.keys.items() if mask.raw & bits]
+        held = len(keys)
+        holes = {key: lacking & bits for key, lacking in self._holes.items() if lacking & bits}
+        place = dict(zip(keys, count(), strict=False))
+        keys += [key for key in holes if key not in place]
+        place.update(zip(keys[held:], count(held), strict=False))
+        followed, followers = [], []
+        for key, have in self._links.items():
+            for follower in have if isinstance(have, tuple) else (have,):
+                if key in place and place.get(follower, held) < held:
+                    followed.append(place[key])
+                    followers.append(place[follower])
+        return SavedTable(
+            namespace=namespace,
+            keys=keys,
+            masks=[mask_to_place.setdefault(self.keys[key], len(mask_to_place)) for key in keys[:held]],
+            followed=followed,
+            followers=followers,
+            open=bits_to_bytes(self._open & bits),
+            holes=[(place[key], bits_to_bytes(lacking)) for key, lacking in holes.items()],
+        )
+
+    def restore(self, saved: SavedTable, masks: Sequence[Mask]) -> None:
+        """Have what was saved; the table is empty.
+
+        Raises:
+            IndexError, ValueError: it names a key or a mask that is not there.
+        """
+        keys = saved.keys
+        self.keys = dict(zip(keys, map(masks.__getitem__, saved.masks), strict=False))
+        followed = [keys[place] for place in saved.followed]
+        followers = [keys[place] for place in saved.followers]
+        self._links = dict(zip(followed, followers, strict=True))
+        if len(self._links) < len(followed):
+            for key, follower in zip(followed, followers, strict=True):
+                self._add_link(key, follower)
+        self._open = bits_from_bytes(saved.open)
+        self._holes = {keys[place]: bits_from_bytes(bits) for place, bits in saved.holes}
+        self._count_holes()
 
     def check(self) -> None:
         """Raise AssertionError unless what is bisected is what would be walked, for every key and link."""

@@ -12,21 +12,22 @@ A holding answers from `show` on, and not while it is muted: both are one bit op
 node with a million blocks costs lookups nothing. `tend` takes away what it leaves, in slices.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, cast
 
 from kvstore.block import Namespace
 from kvstore.index.holding import Holding, Place, Table, set_of
 from kvstore.index.keytable import Key
-from kvstore.index.masks import Masks, bits_of
+from kvstore.index.masks import Mask, Masks, bits_of
 from kvstore.index.placement import Engine, Found, Placement, placements
+from kvstore.index.saved import SavedLocality, SavedTable, bits_from_bytes, bits_to_bytes
 
 # Blocks that one publisher may claim: 4,096 tokens of 16 each for a thousand prompts, many times over.
 HOLDING_BLOCKS_MAX: Final = 4_000_000
 # What `tend` does in one slice, each about 5 ms.
 _MASKS_AT_ONCE: Final = 4096
-_KEYS_AT_ONCE: Final = 32_768
+_KEYS_AT_ONCE: Final = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +217,39 @@ class Locality:
             if other.table is place.table:
                 other.blocks = 0  # purged with it
         self.leave(place.table)
+
+    # Across a restart.
+
+    def save(self, names: Iterable[str], write: Callable[[SavedTable], None]) -> SavedLocality:
+        """What answers for these names, of which `write` is given the tables."""
+        holdings = [self._shown[name] for name in names if name in self._shown]
+        bits = sum([holding.bits for holding in holdings])
+        mask_to_place: dict[Mask, int] = {}
+        for table in self._tables.values():
+            write(table.save(table.namespace.canonical, bits, mask_to_place))
+        masks = [bits_to_bytes(mask.raw & bits) for mask in mask_to_place]
+        return SavedLocality(masks, [holding.save() for holding in holdings])
+
+    def restore(self, saved: SavedLocality, tables: Iterable[SavedTable]) -> dict[str, Holding]:
+        """Have what was saved, where nothing is yet: holdings by their names, none of which is shown.
+
+        Raises:
+            InvalidRequest, IndexError, KeyError, ValueError: it contradicts itself; this index is no use now.
+        """
+        masks = [self._masks.of(bits_from_bytes(raw)) for raw in saved.masks]
+        slots = [slot for each in saved.holdings for slot in each.slots.values()]
+        self._slots = max(slots, default=-1) + 1
+        self._free_slots = sorted(set(range(self._slots)) - set(slots))
+        if None in masks or len(set(slots)) != len(slots):
+            raise ValueError("a mask of nobody, or a slot of two")
+        holdings = {each.name: self.open(each.name) for each in saved.holdings}
+        for each in saved.holdings:
+            holdings[each.name].restore(each)
+        for table in tables:
+            namespace = Namespace.from_canonical(table.namespace)
+            if namespace in self._tables:  # somebody's
+                self._tables[namespace].restore(table, cast(list[Mask], masks))
+        return holdings
 
     def statistics(self) -> LocalityStatistics:
         """Counts of now."""

@@ -37,12 +37,19 @@ class Engine:
     It has a process group of its own, so that its children end with it.
     """
 
-    def __init__(self, name: str, folder: Path, model: str, lmcache: Server | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        model: str,
+        lmcache: Server | None = None,
+        events: dict[str, object] | None = None,
+    ) -> None:
         python = _ENGINES / "bin" / "python"
         assert python.exists(), f"no {_ENGINES.name} here; run these tests with `make test-engines`"
         command = [str(python), str(Path(__file__).with_name("engine.py")), model]
-        if lmcache is not None:
-            command.append(json.dumps(lmcache.transfer))
+        command.append("" if lmcache is None else json.dumps(lmcache.transfer))
+        command.append("" if events is None else json.dumps(events))
         self._log = folder / f"{name}.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(

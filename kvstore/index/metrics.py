@@ -1,0 +1,175 @@
+"""What an index counts, as Prometheus reads it. Nothing is counted here: a scrape reads the statistics."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kvstore.index.engine_source import SourceStatistics
+from kvstore.index.node_stream import NodeStreamStatistics
+from kvstore.index.saver import Saver
+from kvstore.index.service import IndexStatistics
+from kvstore.statistics import LATENCY_BOUNDS_S, Latencies
+
+_LOCALITY = {
+    "keys": "Blocks that somebody has, each counted once",
+    "masks": "Sets of holders that are kept to be shared",
+    "namespaces": "Namespaces that somebody has blocks in",
+    "holdings": "Publishers that answers are made of",
+    "to_tend": "What closed publishers have left that is not taken away yet",
+}
+# Totals that daemons and engines have both.
+_TOTALS = {
+    "gaps": "Times that something was missing between what came",
+    "resyncs": "Times that all, or what was missed, was fetched",
+    "restarts": "Times that a publisher was another one than before",
+    "duplicates": "Messages that were here already",
+    "malformed": "Messages that were none",
+    "lost": "Batches that nobody had any more",
+    "divergences": "Times that a publisher had something else than was known, though nothing was missing",
+}
+
+
+class IndexCollector(Collector):
+    """Turns one reading of the statistics into metric families."""
+
+    def __init__(self, read: Callable[[], IndexStatistics]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[Metric]:
+        now = self._read()
+        for name, text in _LOCALITY.items():
+            yield _gauge(name, text, getattr(now.locality, name))
+        yield _gauge("uptime_seconds", "Seconds since start", now.uptime_s)
+        yield _gauge("age_max_seconds", "Age of the oldest knowledge that lookups use", now.age_s)
+        yield _gauge(
+            "loop_late_max_seconds", "Longest lateness of the event loop since start", now.late_max_s
+        )
+        yield _histogram("loop_late_seconds", "How late the event loop came to what was due", now.late)
+        yield _histogram("lookup_seconds", "Seconds that lookups took, without HTTP", now.lookups)
+        yield _publishers(now)
+        yield from _totals(now)
+        yield _ignored(now)
+        yield from _each(now)
+
+
+def _publishers(now: IndexStatistics) -> Metric:
+    """How many there are of each kind, by how they are."""
+    gauges = GaugeMetricFamily(
+        "kvstore_index_publishers", "Publishers, by what is known of them", labels=["kind", "state"]
+    )
+    states = Counter(("node", _node_state(node)) for node in now.nodes)
+    states.update(("engine", _engine_state(engine)) for engine in now.engines)
+    for kind in ("node", "engine"):
+        for state in ("current", "filling", "incomplete", "silent", "unknown", "refused"):
+            gauges.add_metric([kind, state], states[kind, state])
+    return gauges
+
+
+def _node_state(node: NodeStreamStatistics) -> str:
+    if node.refused:
+        return "refused"
+    if node.silent:
+        return "silent"
+    if node.filling:
+        return "filling"
+    return "unknown" if math.isinf(node.age_s) else "current"
+
+
+def _engine_state(engine: SourceStatistics) -> str:
+    if engine.muted:
+        return "silent"
+    if not engine.connected:
+        return "unknown"
+    return "incomplete" if engine.incomplete else "current"
+
+
+def _totals(now: IndexStatistics) -> Iterator[Metric]:
+    for name, text in _TOTALS.items():
+        counters = CounterMetricFamily(f"kvstore_index_{name}", text, labels=["kind"])
+        counters.add_metric(["node"], sum(getattr(node.counters, name, 0) for node in now.nodes))
+        engine_name = "undecodable" if name == "malformed" else name
+        counters.add_metric(["engine"], sum(getattr(engine, engine_name, 0) for engine in now.engines))
+        yield counters
+
+
+def _ignored(now: IndexStatistics) -> Metric:
+    counters = CounterMetricFamily(
+        "kvstore_index_ignored", "Events and batches that were passed over, by why", labels=["kind", "why"]
+    )
+    whys: Counter[str] = Counter()
+    for engine in now.engines:
+        whys.update(engine.ignored)
+    for why, count in sorted(whys.items()):
+        counters.add_metric(["engine", why], count)
+    counters.add_metric(["engine", "orphan"], sum(engine.orphans for engine in now.engines))
+    counters.add_metric(["node", "namespace"], sum(node.counters.skipped for node in now.nodes))
+    return counters
+
+
+def _each(now: IndexStatistics) -> Iterator[Metric]:
+    """What is worth a row for each publisher."""
+    blocks = GaugeMetricFamily(
+        "kvstore_index_blocks", "Blocks that a publisher has, in all media", labels=["kind", "publisher"]
+    )
+    ages = GaugeMetricFamily(
+        "kvstore_index_age_seconds", "Age of what is known of a daemon", labels=["kind", "publisher"]
+    )
+    lags = HistogramMetricFamily(
+        "kvstore_index_lag_seconds",
+        "Seconds from an event to the index, by the clocks of both machines",
+        labels=["kind", "publisher"],
+    )
+    for node in now.nodes:
+        label = ["node", f"{node.name} {node.address}" if node.name else node.address]
+        blocks.add_metric(label, node.blocks)
+        lags.add_metric(label, _buckets(node.lags), node.lags.sum_s)
+        if not math.isinf(node.age_s):
+            ages.add_metric(label, node.age_s)
+    for engine in now.engines:
+        blocks.add_metric(["engine", engine.name], engine.blocks)
+    yield from (blocks, ages, lags)
+
+
+class SaverCollector(Collector):
+    """What is told of snapshots."""
+
+    def __init__(self, saver: Saver) -> None:
+        self._saver = saver
+
+    def collect(self) -> Iterator[Metric]:
+        saver = self._saver
+        for name, text, count in (
+            ("snapshots", "Snapshots written to disk", saver.written),
+            ("failed_snapshots", "Snapshots that could not be written", saver.failed),
+        ):
+            yield CounterMetricFamily(f"kvstore_index_{name}", text, value=count)
+        yield _gauge("snapshot_fork_seconds", "How long the last snapshot held lookups up", saver.fork_s)
+
+
+def exposition(read: Callable[[], IndexStatistics], saver: Saver | None) -> Callable[[], bytes]:
+    """A function that gives the text of /metrics."""
+    registry = CollectorRegistry()
+    registry.register(IndexCollector(read))
+    if saver is not None:
+        registry.register(SaverCollector(saver))
+    return lambda: generate_latest(registry)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"kvstore_index_{name}", text, value=value)
+
+
+def _histogram(name: str, text: str, latencies: Latencies) -> Metric:
+    histogram = HistogramMetricFamily(f"kvstore_index_{name}", text, labels=[])
+    histogram.add_metric([], _buckets(latencies), latencies.sum_s)
+    return histogram
+
+
+def _buckets(latencies: Latencies) -> Sequence[tuple[str, float]]:
+    bounds = [*map(str, LATENCY_BOUNDS_S), "+Inf"]
+    return list(zip(bounds, accumulate(latencies.counts), strict=True))

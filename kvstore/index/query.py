@@ -1,0 +1,142 @@
+"""What is asked of the index: a prompt, and which of its keys are looked for in which namespaces. Pure.
+
+Salts keep tenants apart, whichever publisher a block is from. A salted prompt is looked for in namespaces of
+its salt, and in those without one where the salt is in the keys; an unsalted one in those without one alone.
+A LoRA adapter counts wherever keys can tell of it, and nothing is found elsewhere.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from typing import Final
+
+from kvstore.block import NAMESPACE_FIELD_CHARS_MAX, Namespace, check_keys
+from kvstore.engine_hashes import MediaItem
+from kvstore.engine_keys import engine_keys, keys_for, scheme_holds_salt
+from kvstore.errors import InvalidRequest
+from kvstore.index.keytable import Key
+from kvstore.index.locality import Locality
+
+logger = logging.getLogger(__name__)
+
+TOKENS_MAX: Final = 1 << 20
+KEYS_MAX: Final = 1 << 16
+MEDIA_MAX: Final = 4096
+_FIELDS: Final = frozenset(knob.name for knob in fields(Namespace)) - {"model", "salt"}
+# Schemes whose keys the index has as numbers, beside vLLM's.
+_NUMBERED: Final = frozenset({"sglang", "sglang-eagle", "tokens", "tokens-eagle"})
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A prompt, by its tokens or by keys that somebody has made of them, which hold LoRA and media.
+
+    Keys are numbers or digests as engines publish them, or whatever bytes the store's users take. They are
+    looked for in namespaces that have the values of `fields`; without a `scheme` there, in those that have
+    none.
+
+    Raises:
+        InvalidRequest: a value is out of its limits, or does not go with another.
+    """
+
+    model: str
+    tokens: Sequence[int] | None = None
+    keys: Sequence[int] | Sequence[bytes] | None = None
+    fields: Mapping[str, str | int] = field(default_factory=dict)
+    salt: str = ""
+    lora: str = ""
+    media: Sequence[MediaItem] = ()
+
+    def __post_init__(self) -> None:
+        _check_length("model", self.model)
+        _check_length("salt", self.salt)
+        _check_length("lora", self.lora)
+        if not self.model:
+            raise InvalidRequest("model is empty; give the model's name")
+        if (self.tokens is None) == (self.keys is None):
+            raise InvalidRequest("a lookup needs tokens or keys; give one of them")
+        if self.tokens is not None and len(self.tokens) > TOKENS_MAX:
+            raise InvalidRequest(f"{len(self.tokens)} tokens; give at most {TOKENS_MAX}")
+        if len(self.media) > MEDIA_MAX:
+            raise InvalidRequest(f"{len(self.media)} media; give at most {MEDIA_MAX}")
+        if self.keys is not None:
+            self._check_keys(self.keys)
+        elif self.fields:
+            raise InvalidRequest("a namespace without keys; give keys, or the model alone with tokens")
+
+    def _check_keys(self, keys: Sequence[int] | Sequence[bytes]) -> None:
+        if len(keys) > KEYS_MAX:
+            raise InvalidRequest(f"{len(keys)} keys; give at most {KEYS_MAX}")
+        if self.lora or self.media:
+            raise InvalidRequest("lora and media beside keys, which hold them; give tokens, or keys alone")
+        unknown = sorted(self.fields.keys() - _FIELDS)
+        if unknown:
+            known = ", ".join(sorted(_FIELDS))
+            raise InvalidRequest(f"a namespace has no field {unknown[0]!r:.40}; give some of {known}")
+
+    @property
+    def size(self) -> int:
+        """Of the prompt: what the time for its keys grows with."""
+        return len(self.tokens if self.tokens is not None else self.keys or ())
+
+
+def spaces_of(query: Query, locality: Locality) -> list[Namespace]:
+    """The namespaces that the prompt may be looked for in, of those of which somebody has blocks."""
+    own = list(locality.namespaces(query.model, query.salt))
+    if query.salt:
+        own += filter(scheme_holds_salt, locality.namespaces(query.model, ""))
+    if query.keys is None:
+        return own
+    wanted = {"scheme": "", **query.fields}
+    return [space for space in own if all(getattr(space, name) == value for name, value in wanted.items())]
+
+
+def keys_of(query: Query, spaces: Iterable[Namespace]) -> dict[Namespace, Sequence[Key]]:
+    """The prompt's keys in each namespace that it has some in. Safe in any thread.
+
+    A namespace whose keys cannot be made here is left out: somebody's odd scheme must not end all lookups.
+
+    Raises:
+        InvalidRequest: a key is none.
+    """
+    if query.keys is not None:
+        return dict.fromkeys(spaces, _given(str(query.fields.get("scheme", "")), query.keys))
+    made: dict[tuple[str, int], Sequence[Key]] = {}
+    for space in spaces:
+        way = space.scheme, space.block_tokens
+        if way not in made:
+            made[way] = _made(query, space)
+    return {space: keys for space in spaces if (keys := made[space.scheme, space.block_tokens])}
+
+
+def _made(query: Query, space: Namespace) -> Sequence[Key]:
+    assert query.tokens is not None
+    keys: Sequence[Key] | None
+    reason = "its seed or its scheme is not known here"
+    try:
+        keys = keys_for(space, query.tokens, lora=query.lora, salt=query.salt, media=query.media)
+    except InvalidRequest as error:  # as of a hash that is not installed
+        keys, reason = None, str(error)
+    if keys is None and not query.lora:
+        _say_unknown(space.scheme, space.model, reason)
+    return keys or ()
+
+
+@lru_cache(1024)
+def _say_unknown(scheme: str, model: str, reason: str) -> None:
+    logger.warning("%s, scheme %r: nothing is found there by tokens: %s", model, scheme, reason)
+
+
+def _given(scheme: str, keys: Sequence[int] | Sequence[bytes]) -> Sequence[Key]:
+    if scheme.startswith("vllm-") or scheme in _NUMBERED:
+        return engine_keys(keys)
+    check_keys(keys)  # type: ignore[arg-type]
+    return keys
+
+
+def _check_length(name: str, value: str) -> None:
+    if len(value) > NAMESPACE_FIELD_CHARS_MAX:
+        raise InvalidRequest(
+            f"{name} is {value[:40]!r}...; give at most {NAMESPACE_FIELD_CHARS_MAX} characters"
+        )

@@ -1,0 +1,280 @@
+"""The running index: publishers into one Locality, and lookups out of it. It knows no HTTP.
+
+Daemons come and go with the membership; engines are configured, or named by the daemons that they use. A
+daemon that no engine is known of answers under its own name. All of it lives on one event loop; `Tending`
+takes away what is dead, in slices between its turns.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import zmq
+
+from kvstore.index.engine_source import SourceStatistics
+from kvstore.index.engine_subscriber import EngineSubscriber
+from kvstore.index.locality import LocalityStatistics
+from kvstore.index.member import Member, Source
+from kvstore.index.membership import Membership, MembershipStatistics
+from kvstore.index.node_stream import Names, NodeStreamStatistics
+from kvstore.index.node_subscriber import NodeSubscriber
+from kvstore.index.placement import Engine, Placement
+from kvstore.index.query import Query, keys_of, spaces_of
+from kvstore.index.remembrance import remembered
+from kvstore.index.saved import SavedIndex, SavedTable
+from kvstore.index.settings import Rank
+from kvstore.index.tending import Tending
+from kvstore.statistics import Latencies
+
+logger = logging.getLogger(__name__)
+
+# Sockets of one process: each subscriber has up to four, each with a file of its own.
+_SOCKETS_MAX: Final = 65_000
+_JOIN_S: Final = 0.25
+# Making the keys of so many tokens takes 2 ms or more: it is done beside the loop.
+_ASIDE_TOKENS: Final = 32_768
+# What was known before a restart is kept so long for publishers that have not come back.
+_REMEMBERED_S: Final = 60.0
+# What a start waits for publishers before lookups are answered without them.
+SETTLE_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an engine has of a prompt, and how good that knowledge is.
+
+    `age_s` is that of the oldest of what is known of the engine and its nodes, infinite where one of them was
+    never heard; `epochs` are the lives of its nodes that are known.
+    """
+
+    placement: Placement
+    age_s: float
+    epochs: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class IndexStatistics:
+    """All of the index now. `late` is how late the event loop came to what was due, `age_s` of the oldest
+    knowledge that lookups use."""
+
+    locality: LocalityStatistics
+    membership: MembershipStatistics
+    nodes: list[NodeStreamStatistics]
+    engines: list[SourceStatistics]
+    lookups: Latencies
+    late: Latencies
+    late_max_s: float
+    age_s: float
+    uptime_s: float
+
+
+class Index:
+    """Follows its publishers from `start` to `close`, both on the loop that it was made on."""
+
+    def __init__(
+        self,
+        ranks: Sequence[Rank],
+        sources: Sequence[Source],
+        *,
+        blocks_max: int,
+        secret: bytes | None = None,
+        snapshot: Path | None = None,
+    ) -> None:
+        """Begins with what the file `snapshot` holds, if there is one that can be used."""
+        self._remembrance = remembered(snapshot, blocks_max)
+        self.locality = self._remembrance.locality
+        self._ranks = {rank.engine.name: rank for rank in ranks}
+        self._secret = secret
+        self._loop = asyncio.get_running_loop()
+        self._started_s = time.monotonic()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, _SOCKETS_MAX)
+        self._names: Names = {}
+        self._nodes: dict[str, NodeSubscriber] = {}
+        self._engines: dict[str, EngineSubscriber] = {}
+        self._seen_s: dict[str, float] = {}
+        self._joined: dict[str, tuple[str, ...]] | None = None
+        self._joining: asyncio.Handle | None = None
+        self._membership = Membership(sources, self._change, self._is_heard)
+        self._tending = Tending(self.locality)
+        self._lookups = Latencies()
+
+    def start(self) -> None:
+        """Connect to the engines, and ask which daemons there are; never waits.
+
+        Raises:
+            ConfigError: an endpoint is none.
+        """
+        for name, rank in self._ranks.items():
+            self._engines[name] = EngineSubscriber(self._context, rank.source, self.locality)
+            self._remembrance.claim_engine(self._engines[name].stream)
+        self._membership.start()
+        self._tending.start()
+        self._join()
+
+    async def close(self) -> None:
+        """Hear nobody any more."""
+        if self._joining is not None:
+            self._joining.cancel()
+        self._tending.close()
+        await self._membership.close()
+        for node in self._nodes.values():
+            node.close()
+        for engine in self._engines.values():
+            engine.close()
+        self._context.destroy(linger=0)
+
+    async def lookup(self, query: Query, engines: Iterable[str] | None = None) -> list[Answer]:
+        """What each engine, of those named or of all, has of a prompt; most first, in the fastest medium.
+
+        Raises:
+            InvalidRequest: a key is none.
+        """
+        began_s = time.perf_counter()
+        spaces = spaces_of(query, self.locality)
+        if query.tokens is not None and query.size >= _ASIDE_TOKENS:
+            keys = await self._loop.run_in_executor(None, keys_of, query, spaces)
+        else:
+            keys = keys_of(query, spaces)
+        asked = self._asked(engines)
+        placements = self.locality.find(keys, asked)
+        answers = [self._answer(engine, one) for engine, one in zip(asked, placements, strict=True)]
+        answers.sort(key=_best_first)
+        self._lookups.observe(time.perf_counter() - began_s)
+        return answers
+
+    def missing(self) -> list[str]:
+        """What lookups do not know yet though it is configured, or a member; lines for people.
+
+        Once SETTLE_S are over nothing is waited for: what is away only shortens hits.
+        """
+        if time.monotonic() - self._started_s > SETTLE_S:
+            return []
+        return self.unknown()
+
+    def unknown(self) -> list[str]:
+        """Publishers of which nothing is known now."""
+        nodes = [each for each in self._nodes.values() if math.isinf(each.age_s())]
+        engines = [name for name in self._engines if name not in self._seen_s]
+        return [
+            *[f"the daemon at {each.stream.address} was not heard" for each in nodes],
+            *[f"engine {name} was not heard" for name in engines],
+        ]
+
+    def age_s(self) -> float:
+        """The age of the oldest knowledge that lookups use."""
+        ages = [each.age_s() for each in self._nodes.values()]
+        ages += [time.monotonic() - seen_s for seen_s in self._seen_s.values()]
+        return max((age for age in ages if not math.isinf(age)), default=0.0)
+
+    def statistics(self) -> IndexStatistics:
+        """All of it now."""
+        return IndexStatistics(
+            locality=self.locality.statistics(),
+            membership=self._membership.statistics(),
+            nodes=[each.statistics() for each in self._nodes.values()],
+            engines=[each.statistics() for each in self._engines.values()],
+            lookups=replace(self._lookups, counts=list(self._lookups.counts)),
+            late=self._tending.late,
+            late_max_s=self._tending.late_max_s,
+            age_s=self.age_s(),
+            uptime_s=time.monotonic() - self._started_s,
+        )
+
+    def save(self, write: Callable[[SavedTable], None]) -> SavedIndex:
+        """What to go on from after a restart; `write` is given the tables."""
+        nodes = [node for each in self._nodes.values() if (node := each.stream.save()) is not None]
+        engines = [engine for each in self._engines.values() if (engine := each.stream.save()) is not None]
+        names = [*[node.name for node in nodes], *[engine.name for engine in engines]]
+        return SavedIndex(self.locality.save(names, write), nodes, engines)
+
+    # Daemons.
+
+    def _change(self, joined: Collection[Member], left: Collection[Member]) -> None:
+        for member in left:
+            logger.info("follows the daemon at %s no longer", member.address)
+            self._nodes.pop(member.address).close()
+        for member in joined:
+            logger.info("follows the daemon at %s", member.address)
+            subscriber = NodeSubscriber(
+                self._context,
+                self.locality,
+                self._names,
+                member.address,
+                expected=member.name,
+                secret=self._secret,
+            )
+            self._nodes[member.address] = subscriber
+            self._remembrance.claim_node(subscriber.stream, self._names, member.name)
+            subscriber.start()
+
+    def _is_heard(self, member: Member) -> bool:
+        subscriber = self._nodes.get(member.address)
+        return subscriber is not None and subscriber.heard
+
+    # Engines and their nodes.
+
+    def _join(self) -> None:
+        """See who is there, and which engines use which nodes."""
+        self._joining = self._loop.call_later(_JOIN_S, self._join)
+        now_s = time.monotonic()
+        if now_s - self._started_s > _REMEMBERED_S:
+            self._remembrance.forget()
+        for name, subscriber in self._engines.items():
+            if subscriber.statistics().connected:
+                self._seen_s[name] = now_s
+        node_to_engines = {name: stream.engines for name, stream in sorted(self._names.items())}
+        if node_to_engines != self._joined:
+            self._joined = node_to_engines
+            self.locality.set_engines(join([rank.engine for rank in self._ranks.values()], node_to_engines))
+
+    def _asked(self, names: Iterable[str] | None) -> Sequence[Engine]:
+        if names is None:
+            return self.locality.engines
+        wanted = set(names)
+        return [one for one in self.locality.engines if not wanted.isdisjoint({one.name, _address(one.name)})]
+
+    def _answer(self, engine: Engine, placement: Placement) -> Answer:
+        now_s = self._loop.time()
+        streams = [self._names[node] for node in engine.nodes if node in self._names]
+        ages = [stream.age_s(now_s) for stream in streams]
+        if engine.name in self._engines:
+            ages.append(time.monotonic() - self._seen_s.get(engine.name, -math.inf))
+        epochs = {stream.name: stream.epoch for stream in streams if stream.name and stream.epoch is not None}
+        return Answer(placement, max(ages, default=math.inf), epochs)
+
+
+def join(engines: Iterable[Engine], node_to_engines: dict[str, tuple[str, ...]]) -> list[Engine]:
+    """The engines with the nodes that name them, by address or ADDRESS#RANK; those that only nodes name; and
+    nodes without an engine, each as one that has its name."""
+    by_name = {engine.name: engine for engine in engines}
+    known = {_address(name) for name in by_name} | set(by_name)
+    for address in dict.fromkeys(name for names in node_to_engines.values() for name in names):
+        if address not in known:
+            by_name[address] = Engine(address)
+    joined = []
+    for engine in by_name.values():
+        naming = [
+            node
+            for node, names in node_to_engines.items()
+            if engine.name in names or _address(engine.name) in names
+        ]
+        joined.append(replace(engine, nodes=tuple(dict.fromkeys((*engine.nodes, *naming)))))
+    used = {node for engine in joined for node in engine.nodes}
+    return joined + [Engine(node, (node,)) for node in node_to_engines if node not in used | set(by_name)]
+
+
+def _address(name: str) -> str:
+    """Of an engine's rank, its engine's."""
+    return name.partition("#")[0]
+
+
+def _best_first(answer: Answer) -> tuple[int, int, int, int, str]:
+    """Most tokens in any medium, then most of them in the faster ones."""
+    placement = answer.placement
+    return -placement.remote, -placement.gpu, -placement.dram, -placement.nvme, placement.engine
