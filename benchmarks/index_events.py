@@ -25,7 +25,7 @@ from kvstore.index.engine_source import EngineKind, EngineSource
 from kvstore.index.engine_stream import EngineStream
 from kvstore.index.events import decode_batch
 from kvstore.index.locality import Locality
-from kvstore.index.node_stream import NodeStream
+from kvstore.index.node_stream import Names, NodeStream
 
 TREE: Final = "dynamo RadixTree"
 DECODING: Final = "decoding alone"
@@ -70,7 +70,7 @@ class Node:
     """A daemon, by its feed."""
 
     def __init__(self) -> None:
-        self._stream = NodeStream(Locality(), {}, NODE, 0.0)
+        self._stream = NodeStream(Locality(), Names(), NODE, 0.0)
 
     def take(self, messages: Sequence[bytes]) -> None:
         for frame in messages:

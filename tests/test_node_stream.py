@@ -39,7 +39,9 @@ class Line:
         self.daemon = daemon
         self.locality = locality or Locality()
         self.now_s = 1000.0
-        self.stream = NodeStream(self.locality, {} if names is None else names, address, self.now_s, expected)
+        self.stream = NodeStream(
+            self.locality, Names() if names is None else names, address, self.now_s, expected
+        )
         self.asked: list[feed.Subscribe] = []
 
     def say(self, *frames: bytes) -> None:
@@ -400,7 +402,7 @@ def test_a_prompt_told_in_pieces_is_found_whole(line: Line) -> None:
 
 def two_lines() -> tuple[Line, Line]:
     """To two daemons of one name."""
-    locality, names = Locality(), {}
+    locality, names = Locality(), Names()
     one = Line(Daemon(), locality, names, "10.0.0.1:7404")
     two = Line(Daemon(epoch=9), locality, names, "10.0.0.2:7404")
     one.daemon.store(SPACE, Medium.DRAM, [A])
@@ -420,6 +422,14 @@ def test_of_two_daemons_with_one_name_the_first_keeps_it() -> None:
     assert {subscribe.seq for subscribe in two.asked[1:]} == {1}
     assert not two.stream.silent
     one.check()
+
+
+def test_no_daemon_may_have_an_engine_s_name() -> None:
+    line = Line(Daemon("10.0.0.5:8000"), names=Names(["10.0.0.5:8000"]))
+    line.daemon.store(SPACE, Medium.DRAM, [A])
+    line.wait(3.0)
+    assert line.stream.statistics(line.now_s).refused == "an engine is '10.0.0.5:8000' too"
+    assert line.locality.statistics().keys == 0
 
 
 def test_a_node_that_has_moved_has_its_name_again_once_the_old_place_is_silent() -> None:

@@ -159,7 +159,7 @@ async def pair(
     if secrets[0] is not None:
         gate = allow(context, secrets[0])
         feeder.rebind(secrets[0])
-    locality, names = Locality(), {}
+    locality, names = Locality(), Names()
     subscriber = NodeSubscriber(context, locality, names, address or feeder.address, secret=secrets[1])
     both = Pair(feeder, subscriber, locality)
     try:

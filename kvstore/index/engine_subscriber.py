@@ -27,7 +27,7 @@ _ANSWER_S: Final = 1.5
 # Of one batch: 200,000 blocks of 16 tokens.
 _FRAME_BYTES_MAX: Final = 16 << 20
 # Batches that wait here. Of a replay all: what an engine cannot send at once, it drops.
-_BATCHES_MAX: Final = 10_000
+_BATCHES_MAX: Final = 64
 _REPLAY_BATCHES_MAX: Final = 20_000
 _SEQ_BYTES: Final = 8
 _END: Final = b"\xff" * _SEQ_BYTES

@@ -47,7 +47,6 @@ class _Remains:
 
     slots: list[int] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
-    position: int = 0
 
 
 class Locality:
@@ -207,11 +206,8 @@ class Locality:
 
     def _purge(self, remains: _Remains) -> None:
         place = remains.places[-1]
-        position = place.table.purge(remains.position, _KEYS_AT_ONCE) if place.blocks else None
-        if position is not None:
-            remains.position = position
+        if place.blocks and place.table.purge(_KEYS_AT_ONCE):
             return
-        remains.position = 0
         remains.places.pop()
         for other in remains.places:
             if other.table is place.table:

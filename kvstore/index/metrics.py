@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from kvstore.index.engine_source import SourceStatistics
-from kvstore.index.node_stream import NodeStreamStatistics
+from kvstore.index.node_state import NodeStreamStatistics
 from kvstore.index.saver import Saver
 from kvstore.index.service import IndexStatistics
 from kvstore.statistics import LATENCY_BOUNDS_S, Latencies

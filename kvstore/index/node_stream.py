@@ -15,7 +15,8 @@ Until a daemon has proved again that it says what is there, each question waits 
 
 import logging
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Final
 
 from kvstore.errors import ProtocolError
@@ -24,6 +25,7 @@ from kvstore.index.holding import Holding
 from kvstore.index.inquiry import Inquiry
 from kvstore.index.locality import Locality
 from kvstore.index.node_copy import NodeCopy, Spaces
+from kvstore.index.node_state import NodeStreamCounters, NodeStreamStatistics
 from kvstore.index.saved import SavedNode
 from kvstore.statistics import Latencies
 
@@ -37,48 +39,12 @@ _ENGINES_MAX: Final = 1024
 _LAG_MAX_S: Final = 3600.0
 
 
-@dataclass(slots=True)
-class NodeStreamCounters:
-    """Totals of one feed. `resyncs` are snapshots that took the place of what was known, `skipped` events
-    of namespaces that are none.
-    """
+class Names(dict[str, "NodeStream"]):
+    """Which feed has which name: all streams into one Locality share one. No daemon may have an engine's."""
 
-    gaps: int = 0
-    duplicates: int = 0
-    resyncs: int = 0
-    restarts: int = 0
-    divergences: int = 0
-    malformed: int = 0
-    skipped: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class NodeStreamStatistics:
-    """One feed now. `epoch` and `seq` are None as long as nothing is known.
-
-    `age_s` is how long ago all of it was known, infinite for never; `lag_s` how long the last events had
-    taken to get here, by the clocks of both machines; `filling` whether a snapshot is under way; `refused`
-    why the daemon is not listened to.
-    """
-
-    address: str
-    name: str | None
-    epoch: int | None
-    seq: int | None
-    engines: tuple[str, ...]
-    blocks: int
-    over: bool
-    silent: bool
-    filling: bool
-    refused: str
-    age_s: float
-    lag_s: float
-    lags: Latencies
-    counters: NodeStreamCounters
-
-
-# Which feed has which name: all streams into one Locality share one.
-Names = dict[str, "NodeStream"]
+    def __init__(self, engines: Collection[str] = ()) -> None:
+        super().__init__()
+        self.engines = frozenset(engines)
 
 
 class NodeStream:
@@ -267,6 +233,8 @@ class NodeStream:
             reason = f"it is {hello.node!r}, and {self._expected!r} was expected"
         elif holder is not None and holder is not self and not holder.silent:
             reason = f"{holder.address} is {hello.node!r} too"
+        elif hello.node in self._names.engines:
+            reason = f"an engine is {hello.node!r} too"
         if reason:
             self._refuse(reason, now_s)
             return False

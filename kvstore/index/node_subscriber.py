@@ -13,7 +13,8 @@ import zmq
 
 from kvstore.index.feed import ALIVE_S, FRAME_BYTES_MAX, Alive, encode
 from kvstore.index.locality import Locality
-from kvstore.index.node_stream import Names, NodeStream, NodeStreamStatistics
+from kvstore.index.node_state import NodeStreamStatistics
+from kvstore.index.node_stream import Names, NodeStream
 from kvstore.index.wire import Wire, join_curve, watched
 
 logger = logging.getLogger(__name__)

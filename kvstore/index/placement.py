@@ -3,16 +3,16 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Final
+
+import msgspec
 
 from kvstore.block import Namespace
 from kvstore.index.holding import NAMESPACES_MAX, Holding, shard_of, world_of
-from kvstore.index.masks import SLOT_BITS
+from kvstore.index.masks import MEDIA, SLOT_BITS
 
-_NOTHING: Final[Sequence[int]] = (0,) * SLOT_BITS
-_ALL: Final = (1 << SLOT_BITS) - 1
-# The places of the media whose bits are set.
-_MEDIA_OF: Final = [[place for place in range(SLOT_BITS) if bits >> place & 1] for bits in range(_ALL + 1)]
+_NOTHING = (0,) * len(MEDIA)
+_MANY = 32
+_ONES = [[media >> place & 1 for place in range(len(MEDIA))] for media in range(16)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,7 @@ class Engine:
     model: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(msgspec.Struct, frozen=True, gc=False):
     """Leading tokens that an engine need not compute, cumulative: `dram` counts what is in gpu or dram."""
 
     engine: str
@@ -47,6 +46,67 @@ class Found:
     groups: Sequence[tuple[int, int]]
 
 
+class _Part:
+    """What of one namespace who has, in tokens, by slot and medium."""
+
+    def __init__(self, found: Found) -> None:
+        space = found.namespace
+        world = world_of(space)
+        self.model = space.model
+        self.space = space
+        self.shards = [shard_of(space, rank, world) for rank in range(world)]
+        self.slot_to_tokens = _by_slot(found.groups, space.block_tokens)
+
+    def of(self, engine: Engine, holdings: Mapping[str, Holding]) -> Sequence[int]:
+        """Leading tokens that the engine has, for each medium."""
+        if not self.slot_to_tokens or engine.model not in ("", self.model):
+            return _NOTHING
+        nodes = engine.nodes
+        if not nodes:
+            return self._had_by(engine.name, self.space, holdings)
+        shards = []
+        for shard in self.shards:
+            near = [self._had_by(node, shard, holdings) for node in nodes]
+            shards.append(near[0] if len(near) == 1 else tuple(map(max, *near)))
+        theirs = shards[0] if len(shards) == 1 else tuple(map(min, *shards))
+        # A node that answers for itself has no cache beside its shards.
+        own = _NOTHING if engine.name in nodes else self._had_by(engine.name, self.space, holdings)
+        return theirs if own is _NOTHING else tuple(map(max, own, theirs))
+
+    def _had_by(self, name: str, namespace: Namespace, holdings: Mapping[str, Holding]) -> Sequence[int]:
+        holding = holdings.get(name)
+        place = None if holding is None else holding.place(namespace)
+        return _NOTHING if place is None else self.slot_to_tokens.get(place.slot, _NOTHING)
+
+
+def _by_slot(groups: Sequence[tuple[int, int]], block_tokens: int) -> dict[int, Sequence[int]]:
+    found: dict[int, Sequence[int]] = {}
+    for depth, bits in groups:
+        tokens = depth * block_tokens
+        known: dict[int, Sequence[int]] = {}
+        for slot, media in _slots(bits):
+            fresh = known.get(media)
+            if fresh is None:
+                fresh = known[media] = [tokens * one for one in _ONES[media]]
+            before = found.get(slot)
+            found[slot] = fresh if before is None else list(map(max, before, fresh))
+    return found
+
+
+def _slots(bits: int) -> Iterable[tuple[int, int]]:
+    """The slots of some bits, each with its media."""
+    if bits.bit_count() > _MANY:
+        digits = f"{bits:x}"  # one for each slot
+        return [(slot, int(digit, 16)) for slot, digit in enumerate(reversed(digits)) if digit != "0"]
+    some = []
+    while bits:
+        slot = ((bits & -bits).bit_length() - 1) // SLOT_BITS
+        media = bits >> SLOT_BITS * slot & 15
+        some.append((slot, media))
+        bits ^= media << SLOT_BITS * slot
+    return some
+
+
 def placements(
     engines: Iterable[Engine], found: Iterable[Found], holdings: Mapping[str, Holding]
 ) -> list[Placement]:
@@ -56,69 +116,21 @@ def placements(
     others it may use the one that gives most.
     """
     families: dict[Namespace, list[_Part]] = {}
-    for each in found:
-        world = world_of(each.namespace)
-        shards = [shard_of(each.namespace, rank, world) for rank in range(world)]
-        part = _Part(each.namespace, shards, each.groups)
-        families.setdefault(_without_group(each.namespace), []).append(part)
+    for part in found:
+        families.setdefault(_without_group(part.namespace), []).append(_Part(part))
+    if len(families) == 1:
+        ((only, *others),) = families.values()
+        if not others:
+            return [Placement(engine.name, *only.of(engine, holdings)) for engine in engines]
     answers = []
     for engine in engines:
-        tokens = _NOTHING
+        tokens: Sequence[int] = _NOTHING
         for family in families.values():
-            tokens = _most([tokens, _least([_tokens(engine, part, holdings) for part in family])])
+            parts = [part.of(engine, holdings) for part in family]
+            least = parts[0] if len(parts) == 1 else tuple(map(min, *parts))
+            tokens = tuple(map(max, tokens, least))
         answers.append(Placement(engine.name, *tokens))
     return answers
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """What was found in the shards of one namespace."""
-
-    namespace: Namespace
-    shards: list[Namespace]
-    groups: Sequence[tuple[int, int]]
-
-
-def _tokens(engine: Engine, part: _Part, holdings: Mapping[str, Holding]) -> Sequence[int]:
-    """Leading tokens of one namespace that the engine has, for each medium."""
-    if not part.groups or engine.model not in ("", part.namespace.model):
-        return _NOTHING
-    near = [
-        _most([_depths(holdings.get(node), shard, part) for node in engine.nodes]) for shard in part.shards
-    ]
-    depths = _least(near)
-    if engine.name not in engine.nodes:  # a node that answers for itself has no cache beside its shards
-        depths = _most([_depths(holdings.get(engine.name), part.namespace, part), depths])
-    block_tokens = part.namespace.block_tokens
-    return _NOTHING if depths is _NOTHING else [block_tokens * depth for depth in depths]
-
-
-def _depths(holding: Holding | None, namespace: Namespace, part: _Part) -> Sequence[int]:
-    place = None if holding is None else holding.place(namespace)
-    if place is None:
-        return _NOTHING
-    depths = [0] * SLOT_BITS
-    shift, missing = SLOT_BITS * place.slot, _ALL
-    for depth, bits in part.groups:  # deepest first
-        here = bits >> shift & missing
-        if here:
-            missing ^= here
-            for medium in _MEDIA_OF[here]:
-                depths[medium] = depth
-    return depths
-
-
-def _most(several: list[Sequence[int]]) -> Sequence[int]:
-    """Of each medium the most; most engines have nothing but from one."""
-    some = [depths for depths in several if depths is not _NOTHING]
-    if len(some) < 2:
-        return some[0] if some else _NOTHING
-    return list(map(max, *some))
-
-
-def _least(several: list[Sequence[int]]) -> Sequence[int]:
-    """Of each medium the least."""
-    return several[0] if len(several) == 1 else list(map(min, *several))
 
 
 @lru_cache(NAMESPACES_MAX)

@@ -21,7 +21,8 @@ from kvstore.index.engine_subscriber import EngineSubscriber
 from kvstore.index.locality import LocalityStatistics
 from kvstore.index.member import Member, Source
 from kvstore.index.membership import Membership, MembershipStatistics
-from kvstore.index.node_stream import Names, NodeStreamStatistics
+from kvstore.index.node_state import NodeStreamStatistics
+from kvstore.index.node_stream import Names
 from kvstore.index.node_subscriber import NodeSubscriber
 from kvstore.index.placement import Engine, Placement
 from kvstore.index.query import Query, keys_of, spaces_of
@@ -94,7 +95,7 @@ class Index:
         self._started_s = time.monotonic()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, _SOCKETS_MAX)
-        self._names: Names = {}
+        self._names = Names(self._ranks)
         self._nodes: dict[str, NodeSubscriber] = {}
         self._engines: dict[str, EngineSubscriber] = {}
         self._seen_s: dict[str, float] = {}
