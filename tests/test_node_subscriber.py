@@ -391,7 +391,7 @@ def test_nobody_at_the_address_costs_nothing_and_is_found_when_it_comes() -> Non
             port = free.getsockname()[1]
         context = zmq.Context()
         locality = Locality()
-        subscriber = NodeSubscriber(context, locality, {}, f"127.0.0.1:{port}")
+        subscriber = NodeSubscriber(context, locality, Names(), f"127.0.0.1:{port}")
         subscriber.start()
         await until(lambda: subscriber.stream.silent)
         feeder = Feeder(context, f"127.0.0.1:{port}")
