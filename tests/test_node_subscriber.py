@@ -410,7 +410,7 @@ def test_no_more_sockets_is_said_and_survived(caplog: pytest.LogCaptureFixture) 
         context = zmq.Context()
         context.set(zmq.MAX_SOCKETS, 1)
         taken = context.socket(zmq.PULL)
-        subscriber = NodeSubscriber(context, Locality(), {}, "127.0.0.1:1")
+        subscriber = NodeSubscriber(context, Locality(), Names(), "127.0.0.1:1")
         subscriber.start()
         assert "127.0.0.1:1 cannot be followed now" in caplog.text
         subscriber.close()
