@@ -21,6 +21,7 @@ from kvstore.config import (
 )
 from kvstore.errors import ConfigError
 from kvstore.knobs import QuotasConfig, RedisConfig
+from tests import readme
 
 DRAM = {"dram": {"capacity": "4MiB"}}
 
@@ -438,3 +439,13 @@ def test_the_socket_lies_where_its_user_may_write(monkeypatch: pytest.MonkeyPatc
     assert default_socket() == "/tmp/kvstore-1000/kvstore/node.sock"
     monkeypatch.setattr("os.geteuid", lambda: 0)
     assert default_socket() == "/run/kvstore/node.sock"
+
+
+@pytest.mark.parametrize("first", ["# node.toml", "# index.toml", "# of a node"])
+def test_the_readme_s_files_are_configurations(
+    first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVSTORE_TOKEN", "any")
+    text = readme.block("toml", first).replace("/etc/kvstore/token", str(tmp_path / "token"))
+    (tmp_path / "token").write_text("secret")
+    load(written(tmp_path, text), {})
