@@ -764,8 +764,7 @@ def test_a_clock_that_is_set_back_changes_nothing(disk: Path) -> None:
 
 
 def test_no_wall_clock_is_read_but_for_the_epoch() -> None:
-    # Events carry it, as engines' do, and lag is measured with it; what the index does follows no clock but that of
-    # its loop, which tests give it.
+    # Events carry it, as engines' do, and lag is measured with it; the index acts by the clock of its loop.
     root = Path(__file__).parent.parent
     uses = [
         f"{path.relative_to(root)}: {line.strip()}"
