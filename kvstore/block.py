@@ -1,6 +1,7 @@
 """The vocabulary as types: namespaces, keys, media, hit lengths. No behaviour beyond checking them."""
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
@@ -15,6 +16,8 @@ KEY_BYTES_MAX: Final = 64
 # A field longer than this is a mistake (a path, a prompt), not a name.
 NAMESPACE_FIELD_CHARS_MAX: Final = 512
 NAMESPACE_ID_BYTES: Final = 16
+# RANK/WORLD, and where ranks of a node are counted apart :LOCAL_RANK/LOCAL_WORLD.
+SHARD: Final = re.compile(r"(\d{1,9})/(\d{1,9})(?::(\d{1,9})/(\d{1,9}))?", re.ASCII)
 
 
 class Medium(StrEnum):
@@ -88,6 +91,13 @@ class Namespace:
     def id(self) -> bytes:
         """The digest of the canonical form: 16 bytes."""
         return hashlib.blake2b(self.canonical, digest_size=NAMESPACE_ID_BYTES).digest()
+
+    @cached_property
+    def rank_and_world(self) -> tuple[int, int]:
+        """Which of how many shards it holds; (0, 1) where `shard` does not say."""
+        match = SHARD.fullmatch(self.shard)
+        rank, world = (int(match[1]), int(match[2])) if match else (0, 1)
+        return (rank, world) if rank < world else (0, 1)
 
     def __str__(self) -> str:
         return f"{self.model}[{self.id.hex()[:8]}]"

@@ -13,7 +13,6 @@ those of LMCache 0.5.6 (files named below are under its `lmcache/`) and vLLM 0.3
 
 import hashlib
 import os
-import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from importlib.util import find_spec
 from typing import Final
 from urllib.parse import parse_qsl, urlencode
 
-from kvstore.block import Namespace
+from kvstore.block import SHARD, Namespace
 from kvstore.errors import InvalidRequest
 from kvstore.tokens import cbor, cbor_chunks, cbor_head, token_array
 
@@ -40,7 +39,6 @@ _ENGINE_HASH_BYTES: Final = (9, 33)
 # Names of schemes up to their algorithm: LMCache's server (its multiprocess mode), LMCache inside an engine.
 _SERVER: Final = "lmcache"
 _ENGINE: Final = "lmcache-engine"
-_SHARD: Final = re.compile(r"(\d+)/(\d+)(?::(\d+)/(\d+))?", re.ASCII)
 
 
 def lmcache_chunk_hashes(
@@ -333,7 +331,7 @@ def _check_scheme(namespace: Namespace, prefix: str) -> None:
 
 def _ranks(namespace: Namespace) -> list[int]:
     """The numbers of `shard`: rank, world and, if they differ, their local fellows."""
-    match = _SHARD.fullmatch(namespace.shard)
+    match = SHARD.fullmatch(namespace.shard)
     if match is None:
         raise InvalidRequest(f"namespace shard is {namespace.shard!r}; give RANK/WORLD")
     return [int(number) for number in match.groups() if number is not None]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.block import Medium, Namespace
@@ -75,6 +75,7 @@ def happen(locality: Locality, choice: random.Random) -> None:
         locality.tend()
 
 
+@settings(deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(0, 80), st.integers(0, 30))
 def test_after_a_restart_it_answers_the_same_and_goes_on_the_same(
     tmp_path_factory: pytest.TempPathFactory, choice: random.Random, before: int, after: int

@@ -242,9 +242,110 @@ def test_every_group_must_be_there() -> None:
     groups = [Namespace("m", block_tokens=16, group=group) for group in "01"]
     node.stored(groups[0], Medium.DRAM, [b"0", b"1"], ROOT)
     keys = {group: [b"0", b"1"] for group in groups}
+    node.stored(groups[1], Medium.DRAM, [b"another prompt"], ROOT)
     assert index.find(keys)[0].dram == 0
     node.stored(groups[1], Medium.DRAM, [b"0"], ROOT)
     assert index.find(keys)[0].dram == 16
+
+
+def test_a_group_that_others_have_takes_nothing_from_who_has_no_such_group() -> None:
+    index = Locality()
+    plain, other = index.open("plain"), index.open("other")
+    for holding in (plain, other):
+        index.show(holding)
+    index.set_engines([Engine("plain"), Engine("other")])
+    groups = [Namespace("m", block_tokens=16, group=group) for group in "01"]
+    plain.stored(groups[0], Medium.GPU, [b"0", b"1"], ROOT)
+    other.stored(groups[1], Medium.GPU, [b"9"], ROOT)
+    assert [found.gpu for found in index.find({group: [b"0", b"1"] for group in groups})] == [32, 0]
+
+
+def test_groups_whose_blocks_have_other_lengths_are_all_needed() -> None:
+    index = Locality()
+    engine = index.open("e")
+    index.show(engine)
+    index.set_engines([Engine("e")])
+    short, long = Namespace("m", block_tokens=16, group="0"), Namespace("m", block_tokens=32, group="1")
+    engine.stored(short, Medium.GPU, [1, 2, 3, 4], ROOT)
+    engine.stored(long, Medium.GPU, [2], ROOT)
+    assert index.find({short: [1, 2, 3, 4], long: [2, 4]})[0].gpu == 32
+
+
+def test_where_on_its_node_a_shard_is_makes_no_difference() -> None:
+    index = Locality()
+    one, two = index.open("one"), index.open("two")
+    for holding in (one, two):
+        index.show(holding)
+    index.set_engines([Engine("e", ("one", "two"))])
+    keys = [b"0", b"1"]
+    one.stored(Namespace("m", shard="0/2:0/1"), Medium.DRAM, keys, None)
+    asked = Namespace("m", shard="0/2")
+    assert index.find({asked: keys})[0].dram == 0
+    two.stored(Namespace("m", shard="1/2:0/1"), Medium.DRAM, keys[:1], None)
+    assert index.find({asked: keys})[0].dram == 256
+    one.removed(Namespace("m", shard="0/2:0/1"), Medium.DRAM, keys)
+    assert index.find({asked: keys})[0].dram == 0
+    index.check()
+
+
+def test_many_followers_of_one_key_cost_no_more_than_few() -> None:
+    table = KeyTable(Masks())
+    table.store(0, Medium.GPU, [b"system prompt"], ROOT)
+
+    def store(first: int, count: int) -> float:
+        began = time.perf_counter()
+        for number in range(first, first + count):
+            table.store(0, Medium.GPU, [number], b"system prompt")
+        return time.perf_counter() - began
+
+    few = store(0, 2000)
+    store(2000, 40_000)
+    assert store(42_000, 2000) < 5 * few
+    table.remove(0, Medium.GPU, [b"system prompt"])
+    assert table.depths([b"system prompt", 5], ALL) == []
+
+
+def test_links_of_keys_that_never_come_are_not_kept() -> None:
+    table = KeyTable(Masks())
+    for number in range(5000):
+        table.store(0, Medium.GPU, [2 * number], 2 * number + 1)
+    for number in range(5000):
+        table.remove(0, Medium.GPU, [2 * number])
+        table.settle()
+    table.reset((1 << 4) - 1)
+    assert len(table) == 0
+    assert len(table._links) == 0
+
+
+def test_who_begins_anew_all_the_time_has_to_wait_and_widens_no_masks() -> None:
+    index = Locality()
+    hostile, honest = index.open("hostile"), index.open("honest")
+    for holding in (hostile, honest):
+        index.show(holding)
+    for number in range(5000):
+        hostile.stored(VLLM, Medium.GPU, [number], ROOT)
+        hostile.clear()
+    assert hostile.stored(VLLM, Medium.GPU, [7], ROOT) == ()
+    assert hostile.over
+    honest.stored(VLLM, Medium.GPU, [1], ROOT)
+    assert index.table(VLLM).keys[1].raw.bit_length() < 4 * 20
+    while index.tend():
+        pass
+    assert hostile.stored(VLLM, Medium.GPU, [7], ROOT) == [7]
+
+
+def test_a_node_with_many_tenants_is_swept_in_few_slices() -> None:
+    index = Locality()
+    node = index.open("n")
+    index.show(node)
+    for number in range(5000):
+        node.stored(Namespace("m", salt=str(number)), Medium.DRAM, [b"0", b"1"], ROOT)
+    index.close(node)
+    slices = 0
+    while index.tend():
+        slices += 1
+    assert slices < 100
+    assert index.statistics().namespaces == 0
 
 
 def test_an_engine_of_another_model_has_nothing() -> None:

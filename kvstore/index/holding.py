@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final, Protocol
 
-from kvstore.block import Medium, Namespace
+from kvstore.block import SHARD, Medium, Namespace
 from kvstore.index.keytable import Key, KeyTable
 from kvstore.index.masks import Masks, bits_of
 from kvstore.index.saved import SavedHolding
@@ -46,8 +46,8 @@ class Index(Protocol):
     def leave(self, table: Table) -> None:
         """One user less; a table without users goes."""
 
-    def take_slot(self, holding: "Holding") -> int:
-        """A slot for the holding, which counts at once if the holding does."""
+    def take_slot(self, holding: "Holding") -> int | None:
+        """A slot for the holding, which counts at once if the holding does; None: not now."""
 
     def empty(self, holding: "Holding") -> None:
         """It has nothing any more, at once."""
@@ -74,6 +74,8 @@ class Holding:
         With `parent` the keys follow each other, and the first follows it, or ROOT; None: nobody knows.
         What is beyond the holding's limits is left out, and `over` is set.
         """
+        if ":" in namespace.shard:
+            namespace = plain(namespace)
         place = self._places.get(namespace) or self._place(namespace)
         if place is None or not keys:
             return ()
@@ -89,6 +91,8 @@ class Holding:
 
     def removed(self, namespace: Namespace, medium: Medium, keys: Sequence[Key]) -> Sequence[Key]:
         """These blocks are in the medium no longer. Those of them that were."""
+        if ":" in namespace.shard:
+            namespace = plain(namespace)
         place = self._places.get(namespace)
         if place is None:
             return ()
@@ -149,11 +153,13 @@ class Holding:
 
     def _place(self, namespace: Namespace) -> Place | None:
         slot = self._shard_to_slot.get(namespace.shard)
-        if len(self._places) >= NAMESPACES_MAX or (slot is None and len(self._shard_to_slot) >= SHARDS_MAX):
+        room = len(self._places) < NAMESPACES_MAX
+        if slot is None and room and len(self._shard_to_slot) < SHARDS_MAX:
+            slot = self._index.take_slot(self)
+        if slot is None or not room:
             self.over = True
             return None
-        if slot is None:
-            slot = self._shard_to_slot[namespace.shard] = self._index.take_slot(self)
+        self._shard_to_slot[namespace.shard] = slot
         place = self._places[namespace] = Place(self._index.table(namespace), slot)
         return place
 
@@ -164,7 +170,8 @@ class Holding:
 @lru_cache(NAMESPACES_MAX)
 def set_of(namespace: Namespace) -> Namespace:
     """The namespace that stands for all shards of its set."""
-    return shard_of(namespace, 0, world_of(namespace))
+    world = world_of(namespace)
+    return shard_of(namespace, 0, world) if world > 1 else plain(namespace)
 
 
 @lru_cache(NAMESPACES_MAX)
@@ -173,9 +180,14 @@ def shard_of(namespace: Namespace, rank: int, world: int) -> Namespace:
     return replace(namespace, shard=f"{rank}/{world}") if world > 1 else namespace
 
 
+@lru_cache(NAMESPACES_MAX)
+def plain(namespace: Namespace) -> Namespace:
+    """The namespace with its shard as RANK/WORLD: where on its node a rank is makes no difference."""
+    rank, world = namespace.rank_and_world
+    return replace(namespace, shard=f"{rank}/{world}") if SHARD.fullmatch(namespace.shard) else namespace
+
+
 def world_of(namespace: Namespace) -> int:
-    """How many shards there are; 1 where `shard` does not say RANK/WORLD, or of absurdly many."""
-    rank, _, world = namespace.shard.partition("/")
-    if not (rank.isdecimal() and world.isdecimal() and len(world) <= 3):
-        return 1
-    return int(world) if int(rank) < int(world) <= SHARDS_MAX else 1
+    """How many shards there are; 1 where `shard` does not say, or says absurdly many."""
+    world = namespace.rank_and_world[1]
+    return world if world <= SHARDS_MAX else 1

@@ -17,19 +17,17 @@ from operator import is_
 from typing import Final, cast
 
 from kvstore.block import Medium
+from kvstore.index.links import Key as Key
+from kvstore.index.links import Links
 from kvstore.index.masks import Mask, Masks, bit_of
 from kvstore.index.saved import SavedTable, bits_from_bytes, bits_to_bytes
 
-# A 64-bit hash as engines publish it, cut to 60 bits (8 bytes of memory less), or the bytes of any other key.
-Key = int | bytes
 # What precedes the first block of a prompt. Publishers are believed: a key that one of them says starts a
 # prompt, and that follows another key all the same, as no chained hash does, makes its own depths wrong.
 ROOT: Final = b""
 # Of more holes the table keeps no account: their bits are walked until their holder begins anew.
 _HOLES_MAX: Final = 1024
 _HEALED_AT_ONCE: Final = 64
-
-_Links = dict[Key, Key | tuple[Key, ...]]
 
 
 class KeyTable:
@@ -38,7 +36,7 @@ class KeyTable:
     def __init__(self, masks: Masks) -> None:
         self.keys: dict[Key, Mask] = {}
         self._masks = masks
-        self._links: _Links = {}
+        self._links = Links(self.keys)
         self._open = 0
         self._holes: dict[Key, int] = {}
         self._in_holes = 0
@@ -87,7 +85,7 @@ class KeyTable:
         elif self._holes:
             self._follow(keys, parent, mask.hits)
         else:
-            self._links.update(zip(keys, islice(keys, 1, None), strict=False))
+            self._links.chain(keys)
             self._follow(keys[:1], parent, mask.hits)
         if self._holes:
             self._fill(keys, repeat(mask))
@@ -119,7 +117,7 @@ class KeyTable:
             return
         self._unhealed = len(self._holes) > _HEALED_AT_ONCE
         for key in list(islice(self._holes, _HEALED_AT_ONCE)):
-            self._holes[key] = self._holes.pop(key) & self._following(key)  # at the end: others' turn
+            self._holes[key] = self._following(key, self._holes.pop(key))  # at the end: others' turn
             if not self._holes[key]:
                 self._healed(key)
         self._count_holes()
@@ -138,11 +136,12 @@ class KeyTable:
     def purge(self, count: int) -> bool:
         """Forget some keys that nobody has since masks were cleared, among `count`. Whether there are more.
 
-        The first time only lists keys, 6 to 18 ms for a million: to skip those done would cost as much.
+        Of many the first time only lists them, 6 to 18 ms for a million: to skip those done costs as much.
         """
         if self._purging is None:
             self._purging = list(self.keys)
-            return True
+            if len(self._purging) > count:
+                return True
         some = self._purging[-count:]
         del self._purging[-count:]
         for key in some:
@@ -150,7 +149,7 @@ class KeyTable:
             if mask is not None and not mask.raw:
                 del self.keys[key]
                 if key not in self._holes:
-                    self._links.pop(key, None)
+                    self._links.drop(key)
         if not self._purging:
             self._purging = None
         return self._purging is not None
@@ -227,49 +226,33 @@ class KeyTable:
     def _follow(self, keys: Sequence[Key], parent: Key, gained: int) -> None:
         """The keys follow each other; the first of them, which has gained these bits, follows `parent`."""
         if parent != ROOT:
-            self._add_link(parent, keys[0])
             mask = self.keys.get(parent)
             self._add_hole(parent, gained & ~(0 if mask is None else mask.hits))
-        followers = keys[1:]
-        if list(map(self._links.get, keys[:-1])) != followers:
-            for key, follower in zip(keys, followers, strict=False):
-                self._add_link(key, follower)
+            if mask is not None or parent in self._holes:  # or nobody would ever drop the link
+                self._links.add(parent, keys[0])
+        self._links.add_chain(keys)
 
-    def _add_link(self, key: Key, follower: Key) -> None:
-        have = self._links.get(key)
-        if have is None:
-            self._links[key] = follower
-        elif isinstance(have, tuple):
-            if follower not in have:
-                self._links[key] = (*[other for other in have if other in self.keys], follower)
-        elif have != follower:
-            self._links[key] = (have, follower) if have in self.keys else follower
-
-    def _following(self, key: Key) -> int:
-        """The bits of what follows a key."""
-        have = self._links.get(key)
-        if have is None:
-            return 0
-        if not isinstance(have, tuple):
-            mask = self.keys.get(have)
-            return 0 if mask is None else mask.hits
+    def _following(self, key: Key, wanted: int) -> int:
+        """Those of the wanted bits that something which follows a key has."""
         bits = 0
-        for follower in have:
+        for follower in self._links.after(key):
             mask = self.keys.get(follower)
-            bits |= 0 if mask is None else mask.hits
+            if mask is not None:
+                bits |= mask.hits & wanted
+                if bits == wanted:
+                    break
         return bits
 
     def _tear(self, keys: Sequence[Key], olds: Sequence[Mask | None], news: Sequence[Mask | None]) -> None:
         """These keys have lost holders: holes where what follows has not, and links nobody needs."""
-        followers = list(map(self._links.get, keys))
-        if any(map(self.keys.__contains__, _flat(followers))):
+        if self._links.any_after(keys):
             for key, old, new in zip(keys, olds, news, strict=True):
                 assert old is not None
                 lost = old.hits & ~(0 if new is None else new.hits)
-                self._add_hole(key, lost & self._following(key))
+                self._add_hole(key, self._following(key, lost))
         for key, new in zip(keys, news, strict=True):
             if new is None and key not in self._holes:
-                self._links.pop(key, None)
+                self._links.drop(key)
         self._unhealed = bool(self._holes)
 
     def _add_hole(self, key: Key, bits: int) -> None:
@@ -297,7 +280,7 @@ class KeyTable:
     def _healed(self, key: Key) -> None:
         del self._holes[key]
         if key not in self.keys:
-            self._links.pop(key, None)
+            self._links.drop(key)
 
     def _count_holes(self) -> None:
         self._in_holes = 0
@@ -315,8 +298,8 @@ class KeyTable:
         keys += [key for key in holes if key not in place]
         place.update(zip(keys[held:], count(held), strict=False))
         followed, followers = [], []
-        for key, have in self._links.items():
-            for follower in have if isinstance(have, tuple) else (have,):
+        for key in self._links:
+            for follower in self._links.after(key):
                 if key in place and place.get(follower, held) < held:
                     followed.append(place[key])
                     followers.append(place[follower])
@@ -340,10 +323,9 @@ class KeyTable:
         self.keys = dict(zip(keys, map(masks.__getitem__, saved.masks), strict=False))
         followed = [keys[place] for place in saved.followed]
         followers = [keys[place] for place in saved.followers]
-        self._links = dict(zip(followed, followers, strict=True))
-        if len(self._links) < len(followed):
-            for key, follower in zip(followed, followers, strict=True):
-                self._add_link(key, follower)
+        self._links = Links(self.keys)
+        for key, follower in zip(followed, followers, strict=True):
+            self._links.add(key, follower)
         self._open = bits_from_bytes(saved.open)
         self._holes = {keys[place]: bits_from_bytes(bits) for place, bits in saved.holes}
         self._count_holes()
@@ -353,21 +335,13 @@ class KeyTable:
         closed = ~(self._open | self._in_holes | self._masks.dead)
         for key in self._links:
             mask = self.keys.get(key)
-            missing = self._following(key) & ~(0 if mask is None else mask.hits)
-            assert not missing & closed, f"{key!r} is lacked by {missing & closed:#x}, which is no hole"
+            missing = self._following(key, closed & ~(0 if mask is None else mask.hits))
+            assert not missing, f"{key!r} is lacked by {missing:#x}, which is no hole"
         assert all(bits for bits in self._holes.values())
 
 
 def _gained(old: Mask | None, new: Mask | None) -> int:
     return (0 if new is None else new.hits) & ~(0 if old is None else old.hits)
-
-
-def _flat(followers: Iterable[Key | tuple[Key, ...] | None]) -> Iterable[Key]:
-    for have in followers:
-        if isinstance(have, tuple):
-            yield from have
-        elif have is not None:
-            yield have
 
 
 def _merged(groups: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

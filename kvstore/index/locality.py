@@ -12,12 +12,13 @@ A holding answers from `show` on, and not while it is muted: both are one bit op
 node with a million blocks costs lookups nothing. `tend` takes away what it leaves, in slices.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, cast
 
 from kvstore.block import Namespace
-from kvstore.index.holding import Holding, Place, Table, set_of
+from kvstore.index.holding import Holding, Table, set_of
 from kvstore.index.keytable import Key
 from kvstore.index.masks import Mask, Masks, bits_of
 from kvstore.index.placement import Engine, Found, Placement, placements
@@ -28,6 +29,10 @@ HOLDING_BLOCKS_MAX: Final = 4_000_000
 # What `tend` does in one slice, each about 5 ms.
 _MASKS_AT_ONCE: Final = 4096
 _KEYS_AT_ONCE: Final = 8192
+_TABLES_AT_ONCE: Final = 2048
+_TABLE_IN_KEYS: Final = 16  # what a table costs beside its keys
+# Slots of one name that wait to be cleared: a hostile publisher would take them all, and widen all masks.
+_DEAD_SLOTS_MAX: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +48,16 @@ class LocalityStatistics:
 
 @dataclass(slots=True)
 class _Remains:
-    """What closed holdings have left: slots whose bits must be cleared, then tables to purge."""
+    """What closed holdings have left, in the order in which it goes.
+
+    First the slots' bits leave the masks, then `to_reset`, and the slots may be given out again. Then tables
+    are purged: of each, how many places in it there were, and how many blocks.
+    """
 
     slots: list[int] = field(default_factory=list)
-    places: list[Place] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # whose they were
+    tables: dict[Table, tuple[int, int]] = field(default_factory=dict)
+    to_reset: list[Table] = field(default_factory=list)
 
 
 class Locality:
@@ -61,6 +72,7 @@ class Locality:
         self._muted: set[str] = set()
         self._live = 0
         self._free_slots: list[int] = []
+        self._name_to_dead: Counter[str] = Counter()  # slots that are not cleared yet
         self._slots = 0
         self._waiting = _Remains()  # until masks are clear of those before
         self._clearing: _Remains | None = None
@@ -89,8 +101,13 @@ class Locality:
     def empty(self, holding: Holding) -> None:
         """It has nothing any more, at once; what it had is taken away by `tend`."""
         slots, places = holding.give_up()
-        self._waiting.slots += slots
-        self._waiting.places += places
+        remains = self._waiting
+        remains.slots += slots
+        remains.names += [holding.name] * len(slots)
+        self._name_to_dead[holding.name] += len(slots)
+        for place in places:
+            users, blocks = remains.tables.get(place.table, (0, 0))
+            remains.tables[place.table] = users + 1, blocks + place.blocks
         self._see()
 
     def mute(self, name: str) -> None:
@@ -146,9 +163,9 @@ class Locality:
         table.users += 1
         return table
 
-    def leave(self, table: "Table") -> None:
-        """One user less; a table without users goes."""
-        table.users -= 1
+    def leave(self, table: Table, users: int = 1) -> None:
+        """Fewer users; a table without users goes."""
+        table.users -= users
         if not table.users:
             space = table.namespace
             del self._tables[space]
@@ -157,8 +174,13 @@ class Locality:
             if not siblings:
                 del self._model_salt[space.model, space.salt]
 
-    def take_slot(self, holding: Holding) -> int:
-        """A slot for the holding, which counts at once if the holding does."""
+    def take_slot(self, holding: Holding) -> int | None:
+        """A slot for the holding, which counts at once if the holding does.
+
+        None where too many of its name are still to be cleared: who begins anew all the time has to wait.
+        """
+        if self._name_to_dead[holding.name] >= _DEAD_SLOTS_MAX:
+            return None
         if self._free_slots:
             slot = self._free_slots.pop()
         else:
@@ -178,41 +200,45 @@ class Locality:
 
     def tend(self) -> bool:
         """Take a slice of what is dead away. Whether there is more."""
-        if self._clearing is None:
-            if not self._waiting.slots and not self._waiting.places:
-                return False
-            self._clearing, self._waiting = self._waiting, _Remains()
-            self._masks.clear(sum([bits_of(slot) for slot in self._clearing.slots]))
-            return True
         remains = self._clearing
-        if remains.slots:
-            if self._masks.clear_some(_MASKS_AT_ONCE):
-                self._cleared(remains)
-            return True
-        if not remains.places:
+        if remains is None:
+            if not self._waiting.tables and not self._waiting.slots:
+                return False
+            remains, self._waiting = self._waiting, _Remains()
+            remains.to_reset = list(remains.tables)
+            self._clearing = remains
+            self._masks.clear(sum([bits_of(slot) for slot in remains.slots]))
+        elif self._masks.dead:
+            self._masks.clear_some(_MASKS_AT_ONCE)
+        elif remains.slots:
+            self._reset(remains)
+        elif remains.tables:
+            self._purge(remains.tables)
+        else:
             self._clearing = None
-            return bool(self._waiting.slots)
-        self._purge(remains)
+            return bool(self._waiting.tables or self._waiting.slots)
         return True
 
-    def _cleared(self, remains: _Remains) -> None:
-        """No mask has the slots' bits any more: they may be given out again."""
-        tables = dict.fromkeys([place.table for place in remains.places])
+    def _reset(self, remains: _Remains) -> None:
+        """No mask has the slots' bits any more: once no table has them, they may be given out again."""
         bits = sum([bits_of(slot) for slot in remains.slots])
-        for table in tables:
+        for table in remains.to_reset[-_TABLES_AT_ONCE:]:
             table.reset(bits)
-        self._free_slots += remains.slots
-        remains.slots = []
+        del remains.to_reset[-_TABLES_AT_ONCE:]
+        if not remains.to_reset:
+            self._free_slots += remains.slots
+            self._name_to_dead -= Counter(remains.names)  # which leaves none out that has some
+            remains.slots = []
 
-    def _purge(self, remains: _Remains) -> None:
-        place = remains.places[-1]
-        if place.blocks and place.table.purge(_KEYS_AT_ONCE):
-            return
-        remains.places.pop()
-        for other in remains.places:
-            if other.table is place.table:
-                other.blocks = 0  # purged with it
-        self.leave(place.table)
+    def _purge(self, tables: dict[Table, tuple[int, int]]) -> None:
+        keys = _KEYS_AT_ONCE
+        while tables and keys > 0:
+            table, (users, blocks) = tables.popitem()
+            keys -= _TABLE_IN_KEYS + min(len(table), _KEYS_AT_ONCE)
+            if blocks and table.purge(_KEYS_AT_ONCE):
+                tables[table] = users, blocks
+                return
+            self.leave(table, users)
 
     # Across a restart.
 
@@ -254,7 +280,7 @@ class Locality:
             masks=len(self._masks),
             namespaces=len(self._tables),
             holdings=len(self._shown),
-            to_tend=len(self._waiting.places) + (len(self._clearing.places) if self._clearing else 0),
+            to_tend=len(self._waiting.tables) + (len(self._clearing.tables) if self._clearing else 0),
         )
 
     def check(self) -> None:

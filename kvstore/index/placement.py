@@ -1,8 +1,9 @@
 """What engines have of a prompt, from what publishers have: their own, and that of their nodes. Pure."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Final
 
 import msgspec
 
@@ -10,9 +11,10 @@ from kvstore.block import Namespace
 from kvstore.index.holding import NAMESPACES_MAX, Holding, shard_of, world_of
 from kvstore.index.masks import MEDIA, SLOT_BITS
 
-_NOTHING = (0,) * len(MEDIA)
-_MANY = 32
-_ONES = [[media >> place & 1 for place in range(len(MEDIA))] for media in range(16)]
+_Tokens = Sequence[int]  # of each medium
+_NOTHING: Final[_Tokens] = (0,) * len(MEDIA)
+_MANY: Final = 32
+_ONES: Final = [[media >> place & 1 for place in range(len(MEDIA))] for media in range(16)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,42 @@ class Found:
     groups: Sequence[tuple[int, int]]
 
 
+def placements(
+    engines: Iterable[Engine], found: Iterable[Found], holdings: Mapping[str, Holding]
+) -> list[Placement]:
+    """What each engine has.
+
+    Namespaces that differ in their group hold parts of the same blocks: who has some of a group needs it, and
+    who has nothing of it has no such group. Of others an engine may use the one that gives most.
+    """
+    families: dict[Namespace, dict[str, list[_Part]]] = {}
+    for part in map(_Part, found):
+        groups = families.setdefault(_family_of(part.space), {})
+        groups.setdefault(part.space.group, []).append(part)
+    answers = []
+    for engine in engines:
+        tokens = _NOTHING
+        for family, groups in families.items():
+            if engine.model in ("", family.model):
+                for had in _had(engine, list(groups.values()), holdings):
+                    if had is not _NOTHING:
+                        tokens = had if tokens is _NOTHING else tuple(map(max, tokens, had))
+        answers.append(Placement(engine.name, *tokens))
+    return answers
+
+
+def _had(
+    engine: Engine, groups: Sequence[Sequence["_Part"]], holdings: Mapping[str, Holding]
+) -> Iterator[_Tokens]:
+    """What the engine's own publisher has of a family, and what its nodes have."""
+    if engine.name not in engine.nodes:  # a node that answers for itself has no cache beside its shards
+        yield _needed(
+            [[part.had_by(engine.name, part.space, holdings) for part in parts] for parts in groups]
+        )
+    if engine.nodes:
+        yield _needed([[part.near(engine.nodes, holdings) for part in parts] for parts in groups])
+
+
 class _Part:
     """What of one namespace who has, in tokens, by slot and medium."""
 
@@ -57,26 +95,42 @@ class _Part:
         self.shards = [shard_of(space, rank, world) for rank in range(world)]
         self.slot_to_tokens = _by_slot(found.groups, space.block_tokens)
 
-    def of(self, engine: Engine, holdings: Mapping[str, Holding]) -> Sequence[int]:
-        """Leading tokens that the engine has, for each medium."""
-        if not self.slot_to_tokens or engine.model not in ("", self.model):
-            return _NOTHING
-        nodes = engine.nodes
-        if not nodes:
-            return self._had_by(engine.name, self.space, holdings)
+    def near(self, nodes: Sequence[str], holdings: Mapping[str, Holding]) -> _Tokens | None:
+        """Leading tokens that the nodes have all shards of; None if they have no block of any."""
+        if len(nodes) == len(self.shards) == 1:
+            return self.had_by(nodes[0], self.shards[0], holdings)
         shards = []
         for shard in self.shards:
-            near = [self._had_by(node, shard, holdings) for node in nodes]
-            shards.append(near[0] if len(near) == 1 else tuple(map(max, *near)))
-        theirs = shards[0] if len(shards) == 1 else tuple(map(min, *shards))
-        # A node that answers for itself has no cache beside its shards.
-        own = _NOTHING if engine.name in nodes else self._had_by(engine.name, self.space, holdings)
-        return theirs if own is _NOTHING else tuple(map(max, own, theirs))
+            had = [self.had_by(node, shard, holdings) for node in nodes]
+            shards.append([tokens for tokens in had if tokens is not None])
+        return _least([_most(had) for had in shards]) if any(shards) else None
 
-    def _had_by(self, name: str, namespace: Namespace, holdings: Mapping[str, Holding]) -> Sequence[int]:
+    def had_by(self, name: str, namespace: Namespace, holdings: Mapping[str, Holding]) -> _Tokens | None:
+        """Leading tokens that a publisher has; None if it has no block of the namespace."""
         holding = holdings.get(name)
         place = None if holding is None else holding.place(namespace)
-        return _NOTHING if place is None else self.slot_to_tokens.get(place.slot, _NOTHING)
+        return None if place is None else self.slot_to_tokens.get(place.slot, _NOTHING)
+
+
+def _needed(groups: Sequence[Sequence[_Tokens | None]]) -> _Tokens:
+    """The least of the groups of which there is something; blocks of one group may have several lengths."""
+    if len(groups) == len(groups[0]) == 1:
+        return groups[0][0] or _NOTHING
+    had = [[tokens for tokens in group if tokens is not None] for group in groups]
+    return _least([_most(group) for group in had if group] or [_NOTHING])
+
+
+def _most(several: Sequence[_Tokens]) -> _Tokens:
+    """Of each medium the most; most engines have nothing but from one."""
+    some = [tokens for tokens in several if tokens is not _NOTHING]
+    if len(some) < 2:
+        return some[0] if some else _NOTHING
+    return tuple(map(max, *some))
+
+
+def _least(several: Sequence[_Tokens]) -> _Tokens:
+    """Of each medium the least."""
+    return several[0] if len(several) == 1 else tuple(map(min, *several))
 
 
 def _by_slot(groups: Sequence[tuple[int, int]], block_tokens: int) -> dict[int, Sequence[int]]:
@@ -107,32 +161,7 @@ def _slots(bits: int) -> Iterable[tuple[int, int]]:
     return some
 
 
-def placements(
-    engines: Iterable[Engine], found: Iterable[Found], holdings: Mapping[str, Holding]
-) -> list[Placement]:
-    """What each engine has.
-
-    Namespaces that differ in their group hold parts of the same blocks, of which an engine needs all; of
-    others it may use the one that gives most.
-    """
-    families: dict[Namespace, list[_Part]] = {}
-    for part in found:
-        families.setdefault(_without_group(part.namespace), []).append(_Part(part))
-    if len(families) == 1:
-        ((only, *others),) = families.values()
-        if not others:
-            return [Placement(engine.name, *only.of(engine, holdings)) for engine in engines]
-    answers = []
-    for engine in engines:
-        tokens: Sequence[int] = _NOTHING
-        for family in families.values():
-            parts = [part.of(engine, holdings) for part in family]
-            least = parts[0] if len(parts) == 1 else tuple(map(min, *parts))
-            tokens = tuple(map(max, tokens, least))
-        answers.append(Placement(engine.name, *tokens))
-    return answers
-
-
 @lru_cache(NAMESPACES_MAX)
-def _without_group(namespace: Namespace) -> Namespace:
-    return replace(namespace, group="")
+def _family_of(namespace: Namespace) -> Namespace:
+    """What namespaces of one kind of blocks have in common, whatever their groups' blocks are long."""
+    return replace(namespace, group="", block_tokens=1)

@@ -5,7 +5,6 @@ announces. Every other key is hashed together with its namespace, salt included,
 share a hash. Shards are no matter of routers: a block is there when all of its shards are.
 """
 
-import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -23,7 +22,6 @@ from kvstore.index.outbox import chains
 # Of one event, so that a frame has 160 KB at most.
 TOKENS_MAX: Final = 1 << 15
 _SHARDS_MAX: Final = 4096
-_SHARD: Final = re.compile(r"(\d{1,4})/(\d{1,4})(?=:|\Z)")
 _MEDIA: Final = {
     Medium.GPU: "GPU",
     Medium.DRAM: "CPU",
@@ -41,11 +39,10 @@ class _Terms:
 
     def __init__(self, canonical: bytes) -> None:
         self.namespace = Namespace.from_canonical(canonical)
-        match = _SHARD.match(self.namespace.shard)
-        self.rank, self.world = (int(match[1]), int(match[2])) if match else (0, 1)
-        if self.rank < self.world <= _SHARDS_MAX:
+        self.rank, self.world = self.namespace.rank_and_world
+        if 1 < self.world <= _SHARDS_MAX:
             self.whole = replace(self.namespace, shard="").id
-        else:  # no shard of anything that is known here
+        else:  # whole, or no shard of anything that is known here
             self.rank, self.world, self.whole = 0, 1, self.namespace.id
         self.salt = self.namespace.salt
         group = self.namespace.group
