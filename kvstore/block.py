@@ -56,7 +56,9 @@ class Namespace:
             value = getattr(self, field.name)
             if field.name == "block_tokens":
                 if not isinstance(value, int) or not 1 <= value <= 1 << 20:
-                    raise InvalidRequest(f"namespace block_tokens is {value!r}; give 1 to {1 << 20} tokens")
+                    raise InvalidRequest(
+                        f"namespace block_tokens is {value!r:.40}; give 1 to {1 << 20} tokens"
+                    )
             elif not isinstance(value, str) or len(value) > NAMESPACE_FIELD_CHARS_MAX:
                 raise InvalidRequest(
                     f"namespace {field.name} is {str(value)[:40]!r}; give a string of at most "

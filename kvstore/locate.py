@@ -59,6 +59,9 @@ def lookup(
     ] = None,
     salt: Salt = "",
     lora: Annotated[str, typer.Option(help="the LoRA adapter's name; with --tokens")] = "",
+    scheme: Annotated[str | None, typer.Option(help="how the keys are made; with --index and keys")] = None,
+    block_tokens: Annotated[int | None, typer.Option(help="of each key; with --index and keys")] = None,
+    group: Annotated[str | None, typer.Option(help="the KV-cache group; with --index and keys")] = None,
     at_index: Annotated[
         str | None, typer.Option("--index", help=f"URL of an index to ask; with --tokens {_HERE}")
     ] = None,
@@ -69,8 +72,12 @@ def lookup(
     """Say how many leading keys are there, per medium; or, of an index, which engine has how many tokens."""
     if bool(keys) == (tokens is not None):
         raise typer.BadParameter("give keys, or --tokens FILE")
+    given = {"scheme": scheme, "block_tokens": block_tokens, "group": group}
+    namespace = {name: value for name, value in given.items() if value is not None}
+    if namespace and (tokens is not None or at_index is None):
+        raise typer.BadParameter("a namespace is for keys with --index")
     if tokens is not None or at_index is not None:
-        question: dict[str, Any] = {"model": model, "salt": salt, "lora": lora}
+        question: dict[str, Any] = {"model": model, "salt": salt, "lora": lora, "namespace": namespace}
         if tokens is not None:
             question["tokens"] = _tokens(tokens)
         else:

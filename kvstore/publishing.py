@@ -16,9 +16,14 @@ from kvstore.statistics import EventsState
 class Publishing:
     """Follows a store from the start; `open` lets others follow it."""
 
-    def __init__(self, config: EventsConfig, store: Store) -> None:
-        """Raises ConfigError where its key cannot be read."""
+    def __init__(self, config: EventsConfig, store: Store, prefix: str) -> None:
+        """`prefix` is what names in a registry begin with.
+
+        Raises:
+            ConfigError: the key cannot be read.
+        """
         self._config = config
+        self._prefix = prefix
         self._secret = load_key(config.key_file) if config.key_file else None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._outbox = Outbox()
@@ -47,6 +52,7 @@ class Publishing:
         if config.registry:
             self._registration = Registration(
                 config.registry,
+                prefix=self._prefix,
                 node=node,
                 feed=config.advertise or self._feed.endpoint,
                 epoch=epoch,

@@ -17,7 +17,7 @@ from kvstore.child import Child
 from kvstore.config import Config, parse_endpoint
 from kvstore.errors import ConfigError, KVStoreError
 from kvstore.http_server import HttpServer, Readiness
-from kvstore.index.settings import beside
+from kvstore.index.settings import beside, registry_prefix
 from kvstore.index.wire import load_key
 from kvstore.listening import endpoint, listen_http, tls
 from kvstore.live import Live, limits, quotas, tier_settings
@@ -71,8 +71,9 @@ class Daemon:
         # Above all leases that go on, even where the clock was set back.
         first_lease = max([epoch, *[number + 1 for number in (inherited.lease_ids if inherited else [])]])
         self._store = Store(arena, _lowers(config, listeners), first_lease=first_lease, missing_s=missing_s)
-        self._publishing = None if config.events is None else Publishing(config.events, self._store)
-        if self._publishing is not None:
+        self._publishing: Publishing | None = None
+        if config.events is not None:
+            self._publishing = Publishing(config.events, self._store, registry_prefix(config))
             listeners.append(self._publishing.publisher)
         self._store.salts.set_quotas(quotas(config))
         self._stop = asyncio.Event()

@@ -1,5 +1,6 @@
 """The stream of one engine: order, gaps, replays, restarts, and what each event does to the index."""
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvstore.block import Namespace
 from kvstore.index.engine_source import EngineKind, EngineSource
-from kvstore.index.engine_stream import DEAD_AFTER_S, QUIET_S, EngineStream
+from kvstore.index.engine_stream import QUIET_S, EngineStream
 from kvstore.index.events import (
     AllBlocksCleared,
     BlockRemoved,
@@ -22,6 +23,7 @@ from kvstore.index.events import (
     pack_tokens,
 )
 from kvstore.index.locality import Engine, Locality
+from kvstore.index.standing import DEAD_AFTER_S
 
 SOURCE: Final = EngineSource("10.0.0.1:8000", EngineKind.VLLM, "m", 16, "vllm-sha256:0", "tcp://e", "tcp://r")
 ALONE: Final = replace(SOURCE, replay="")
@@ -374,16 +376,124 @@ def test_after_a_cut_that_the_replay_does_not_reach_all_is_forgotten() -> None:
     assert bench.statistics.incomplete
 
 
-def test_after_a_cut_without_a_replay_only_the_very_next_batch_proves_the_process() -> None:
-    for missed, kept in ((0, GPU), (1, NONE)):
-        bench = Bench(ALONE)
+def test_after_a_cut_without_a_replay_all_is_forgotten_whatever_the_next_number_is() -> None:
+    for noticed in (True, False):
+        for missed in range(3):
+            bench = Bench(ALONE)
+            bench.send(stored(1))
+            if noticed:
+                bench.stream.disconnected(bench.now_s)
+                assert bench.has(1) == NONE
+            bench.publisher = Publisher()
+            for _ in range(missed):
+                bench.publisher.publish(stored(7))
+            bench.stream.connected(bench.now_s)
+            bench.send(stored(2))
+            assert (bench.has(1), bench.has(2), bench.statistics.incomplete) == (NONE, GPU, missed > 0)
+
+
+def test_what_came_before_the_new_connection_was_noticed_counts() -> None:
+    bench = Bench(ALONE)
+    bench.send(stored(1))
+    bench.restart(noticed=False)
+    bench.stream.disconnected(bench.now_s)
+    bench.send(stored(2))
+    bench.stream.connected(bench.now_s)
+    bench.send(stored(3))
+    assert [bench.has(key) for key in (1, 2, 3)] == [NONE, GPU, GPU]
+
+
+def test_an_engine_that_may_be_another_is_left_out_at_once_until_it_has_proved_to_be_the_same() -> None:
+    for missed in (0, 1):  # a new connection, or a gap
+        bench = Bench()
         bench.send(stored(1))
-        bench.stream.disconnected(bench.now_s)
-        for _ in range(missed):
-            bench.publisher.publish(removed(7))
-        bench.stream.connected(bench.now_s)
-        bench.send(stored(2))
-        assert (bench.has(1), bench.has(2), bench.statistics.incomplete) == (kept, GPU, missed > 0)
+        bench.settle()
+        if missed:
+            bench.publisher.publish(stored(2))
+            bench.send(stored(3))
+        else:
+            bench.stream.disconnected(bench.now_s)
+            bench.stream.connected(bench.now_s)
+        assert (bench.has(1), bench.statistics.muted) == (NONE, True)
+        bench.replay()
+        assert (bench.has(1), bench.statistics.muted, bench.statistics.restarts) == (GPU, False, 0)
+
+
+def test_a_restarted_engine_whose_replay_never_answers_leaves_nothing_of_the_process_before() -> None:
+    bench = Bench()
+    for key in range(5):
+        bench.send(stored(key))
+    bench.restart()
+    assert (bench.has(0), bench.statistics.muted) == (NONE, True)
+    for key in range(100, 106):
+        bench.publisher.publish(stored(key))
+    bench.deliver(5)  # the number that the process before would have had next
+    for _ in range(3):
+        assert [bench.has(key) for key in (0, 105)] == [NONE, NONE]
+        assert bench.stream.age_s(bench.now_s) == bench.now_s
+        bench.now_s += 2.0
+        bench.stream.asked(bench.now_s)
+        bench.stream.replay_failed(bench.now_s)
+    assert [bench.has(key) for key in (0, 105)] == [NONE, GPU]
+    assert (bench.statistics.muted, bench.stream.age_s(bench.now_s)) == (False, 0.0)
+
+
+def test_the_age_is_that_of_the_last_moment_at_which_nothing_was_missing_or_in_doubt() -> None:
+    bench = Bench()
+    assert bench.stream.age_s(0.0) == math.inf
+    bench.stream.asked(0.0)
+    assert bench.stream.age_s(1.0) == math.inf
+    bench.stream.replay_ended(1.0)
+    assert bench.stream.age_s(1.0) == bench.stream.age_s(100.0) == 0.0
+    bench.now_s = 101.0
+    bench.send(stored(1))
+    bench.publisher.publish(stored(2))
+    bench.send(stored(3))  # what is between is missing
+    bench.now_s = 104.0
+    assert bench.stream.age_s(104.0) == 3.0
+    bench.replay()
+    assert bench.stream.age_s(105.0) == 0.0
+    bench.stream.asked(106.0)  # whether something got lost is being looked for
+    assert bench.stream.age_s(107.0) == 1.0
+    bench.stream.replay_failed(107.0)
+    assert bench.stream.age_s(108.0) == 2.0
+    bench.now_s = 108.0
+    bench.replay()
+    assert bench.stream.age_s(109.0) == 0.0
+    bench.stream.disconnected(110.0)
+    assert bench.stream.age_s(111.0) == 1.0
+    bench.stream.connected(112.0)
+    assert bench.stream.age_s(113.0) == 3.0
+    bench.now_s = 113.0
+    bench.replay()
+    assert bench.stream.age_s(114.0) == 0.0
+
+
+def test_the_age_without_a_replay_is_known_from_the_first_batch_on() -> None:
+    bench = Bench(ALONE)
+    assert bench.stream.age_s(5.0) == math.inf
+    bench.send(stored(1))
+    assert bench.stream.age_s(5.0) == 0.0
+    bench.now_s = 5.0
+    big = stored(*range(1 << 59, (1 << 59) + 200_000))
+    bench.publisher.publish(stored(2))
+    bench.send(big)
+    assert bench.stream.age_s(6.0) == 0.0  # nothing more can be held: it has gone on
+    bench.stream.disconnected(7.0)
+    bench.stream.connected(8.0)
+    assert bench.stream.age_s(9.0) == 2.0
+    bench.send(stored(4))
+    assert bench.stream.age_s(9.0) == 0.0
+
+
+def test_a_foreign_topic_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(replace(SOURCE, topic="kv@a"))
+    for seq in range(3):
+        bench.stream.batch(seq, b"kv@ab", encode_batch([stored(1)], 1.0, arrays=False), 0.0)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "b'kv@ab'" in record.message
+    assert "b'kv@a'," in record.message
 
 
 def test_who_is_away_is_left_out_until_it_has_proved_that_it_is_the_same() -> None:
@@ -629,12 +739,14 @@ def test_with_a_replay_the_index_knows_in_the_end_what_the_engine_has(steps: lis
 
 
 @FEW
-@given(st.lists(STEP, max_size=40))
-def test_without_a_replay_nothing_of_an_older_process_stays(steps: list[tuple[Any, ...]]) -> None:
+@given(st.lists(STEP, max_size=40), st.integers(0, 12))
+def test_without_a_replay_nothing_of_an_older_process_stays(steps: list[tuple[Any, ...]], lost: int) -> None:
     history = History(ALONE)
     for step in steps:
         history.step(*step)
     history.step("restart", True)
+    for _ in range(lost):
+        history.publish([("stored", 1, "GPU")])
     history.bench.deliver(history.publish([("stored", 0, "GPU")]))
     assert history.known() == {(history.process * 100, "GPU")}
 

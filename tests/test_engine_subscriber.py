@@ -1,6 +1,7 @@
 """The index subscribed to engines over real sockets; the publishers are processes that come and go."""
 
 import asyncio
+import math
 import random
 import signal
 import time
@@ -116,6 +117,33 @@ async def test_an_engine_killed_and_started_again_leaves_nothing_stale() -> None
 
 
 @scenario
+async def test_an_engine_started_again_whose_replay_never_answers_is_not_told_as_it_was() -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    silent = context.socket(zmq.ROUTER)
+    silent.bind("tcp://127.0.0.1:*")
+    publisher = context.socket(zmq.XPUB)
+    publisher.bind("tcp://127.0.0.1:*")
+    endpoint = publisher.getsockopt_string(zmq.LAST_ENDPOINT)
+    event = BlockStored([1], None, pack_tokens([1]), 16, None, "GPU")
+    async with listening(endpoint, silent.getsockopt_string(zmq.LAST_ENDPOINT)) as index:
+        await asyncio.to_thread(publisher.recv)
+        assert index.subscriber.age_s() == math.inf
+        publisher.send_multipart([b"", bytes(8), encode_batch([event], 1.0, arrays=False)])
+        await index.until(lambda: index.has(1) == 1 and index.subscriber.age_s() == 0.0)
+        publisher.close(0)
+        await index.until(lambda: not index.statistics.connected)
+        assert 0.0 < index.subscriber.age_s() < math.inf
+        publisher = context.socket(zmq.XPUB)
+        publisher.bind(endpoint)
+        await index.until(lambda: bool(index.statistics.connected))
+        assert (index.has(1), index.statistics.muted) == (0, True)
+        assert 0.0 < index.subscriber.age_s() < math.inf
+    publisher.close(0)
+    silent.close(0)
+    context.term()
+
+
+@scenario
 async def test_an_engine_that_hangs_is_left_out_and_counts_again_when_it_goes_on() -> None:
     with EventPublisher() as engine:
         engine.publish([[1]])
@@ -167,6 +195,25 @@ async def test_other_topics_and_garbage_are_passed_over() -> None:
         await index.until(lambda: index.has(1) == 1)
         assert index.statistics.ignored == {"topic": 1}
         assert (index.statistics.undecodable, index.statistics.incomplete) == (3, True)
+    publisher.close(0)
+    context.term()
+
+
+@scenario
+async def test_a_batch_that_is_too_long_for_one_turn_is_never_read() -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    publisher = context.socket(zmq.XPUB)
+    publisher.bind("tcp://127.0.0.1:*")
+    async with listening(publisher.getsockopt_string(zmq.LAST_ENDPOINT)) as index:
+        for seq, tokens in enumerate(([1] * (4 << 20), [1])):
+            assert (await asyncio.to_thread(publisher.recv))[0] == 1  # connected, if need be again
+            event = BlockStored([seq + 1], None, pack_tokens(tokens), 16, None, "GPU")
+            payload = encode_batch([event], 1.0, arrays=False)
+            publisher.send_multipart([b"", seq.to_bytes(8, "big"), payload])
+            if not seq:
+                assert (await asyncio.to_thread(publisher.recv))[0] == 0  # hung up
+        await index.until(lambda: index.has(2) == 1)
+        assert index.has(1) == 0
     publisher.close(0)
     context.term()
 

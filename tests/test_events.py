@@ -135,6 +135,26 @@ def test_a_batch_of_nothing_but_rubbish_is_refused_before_all_of_it_is_looked_at
         decode_batch(msgspec.msgpack.encode([1.0, [5] * 1_000_000]))
 
 
+@pytest.mark.parametrize(
+    "events",
+    [
+        [["AllBlocksCleared"]] * 80_001,
+        [{"type": "AllBlocksCleared"}] * 80_001,
+        [["AllBlocksCleared"]] * 80_000 + [5],
+        [["BlockRemoved", [1] * 100_000]] * 3,
+        [["BlockRemoved", [1] * 100_000]] * 3 + [5],
+    ],
+)
+def test_a_batch_that_is_too_much_for_one_turn_is_refused(events: list[Any]) -> None:
+    with pytest.raises(ProtocolError):
+        decode_batch(msgspec.msgpack.encode([1.0, events]))
+
+
+def test_where_events_are_looked_at_one_by_one_the_rest_counts_as_malformed() -> None:
+    batch = decode_batch(msgspec.msgpack.encode([1.0, [5] + [["BlockRemoved", [1]]] * 20_000]))
+    assert (len(batch.events), batch.unknown, batch.malformed) == (16_383, 1, 3617)
+
+
 def test_tokens_are_numbers_or_pairs() -> None:
     assert STRUCT.tokens() == [5, 6]
     pairs = BlockStored([1], None, pack_tokens([(5, 6), (6, 7)]), 2)

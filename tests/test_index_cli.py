@@ -96,6 +96,30 @@ def test_a_lookup_of_an_index_prints_who_has_how_many_tokens(beside: Beside, tmp
     assert one["dram"] == 0
 
 
+def test_keys_are_looked_up_in_the_namespaces_that_options_tell(beside: Beside) -> None:
+    keys = [f"0x{key.hex()}" for key in vllm_block_hashes(TOKENS, 16)]
+    words = ["lookup", *keys, "--model", "m", "--json", "--index", f"http://{beside.http}"]
+    for options, hit in (
+        ([], 0),
+        (["--scheme", vllm_scheme()], 96),
+        (["--scheme", vllm_scheme(), "--block-tokens", "16", "--group", "0"], 96),
+        (["--scheme", vllm_scheme(), "--block-tokens", "32"], 0),
+        (["--scheme", vllm_scheme(), "--group", "1"], 0),
+    ):
+        (one,) = json.loads(Command(*words, *options).text)
+        assert one["dram"] == hit, options
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["k", "--block-tokens", "16"], ["--tokens", "-", "--index", "http://127.0.0.1:9", "--group", "0"]],
+)
+def test_a_namespace_is_for_keys_that_an_index_is_asked_for(words: list[str]) -> None:
+    command = Command("lookup", *words, "--model", "m")
+    assert command.status == 2
+    assert "a namespace is for keys with --index" in command.error
+
+
 @pytest.mark.parametrize(
     ("words", "stdin", "message"),
     [

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from kvstore.engine_keys import vllm_scheme
 from kvstore.index.keytable import ROOT
 from kvstore.index.locality import Locality
 from kvstore.index.placement import Engine
+from kvstore.index.query import WAYS_MAX, Query, search_of
 from kvstore.index.service import join
+from tests.event_publisher import EventPublisher
 from tests.locator import Locator
 from tests.node import Node, wait_for
 
@@ -72,6 +75,7 @@ def test_a_router_is_told_how_many_tokens_an_engine_s_node_has(index: Locator, s
     assert one["engine"] == ENGINE
     assert (one["gpu"], one["dram"], one["nvme"], one["remote"]) == (0, 480, 480, 480)
     assert 0 <= one["age_ms"] < 5000
+    assert one["incomplete"] is False
     assert one["epochs"] == {"node-a": store.statistics().epoch}
     store.remove(namespace, keys[10:])
     wait_for(lambda: index.finds("dram", 160, ENGINE, **question))
@@ -157,6 +161,22 @@ def test_salted_and_unsalted_prompts_do_not_answer_for_each_other(index: Locator
         ({"model": "m", "keys": ["00"], "lora": "l"}, "lora and media beside keys, which hold them"),
         ({"model": "m", "keys": ["00"], "namespace": {"salt": "s"}}, "a namespace has no field 'salt'; give"),
         ({"model": "m", "tokens": [], "namespace": {"dtype": "x"}}, "a namespace without keys; give keys"),
+        (
+            {"model": "m", "keys": ["00"], "namespace": {"block_tokens": "16"}},
+            "namespace block_tokens is '16'; give 1 to 1048576 tokens",
+        ),
+        (
+            {"model": "m", "keys": ["00"], "namespace": {"block_tokens": "9" * 100_000}},
+            "namespace block_tokens is '999",
+        ),
+        (
+            {"model": "m", "keys": ["00"], "namespace": {"block_tokens": 1.5}},
+            "namespace block_tokens is 1.5; give 1 to 1048576 tokens",
+        ),
+        (
+            {"model": "m", "keys": ["00"], "namespace": {"group": 0}},
+            "namespace group is '0'; give a string of at most 512 characters",
+        ),
         ({"model": "m", "tokens": [], "engines": ["e"] * 8193}, "8193 engines; give at most 8192"),
         (b" " * ((16 << 20) + 1), "the body is too long; the limit is 16777216 bytes"),
     ],
@@ -169,7 +189,64 @@ def test_a_bad_question_is_refused_with_the_value_and_the_limit(
     assert status == (413 if "too long" in message else 422)
     assert message in text
     assert text.count("\n") == 1
+    assert len(text) < 300
     assert index.ask("/healthz") == (200, "ok\n")
+
+
+def test_a_question_with_any_shard_finds_the_set_that_it_belongs_to(
+    index: Locator, store: StoreClient
+) -> None:
+    keys = [b"sharded-%d" % number for number in range(4)]
+    for shard in ("0/2", "1/2"):
+        put(store, Namespace("sharded", 16, shard=shard), keys)
+    question: dict[str, Any] = {"model": "sharded", "keys": hexes(keys)}
+    for shard in ("0/2", "1/2"):
+        wait_for(lambda shard=shard: index.finds("dram", 64, **question, namespace={"shard": shard}))
+    for shard in ("0/1", "0/4", "1/4", "some"):
+        assert index.finds("dram", 0, **question, namespace={"shard": shard})
+    store.remove(Namespace("sharded", 16, shard="1/2"), keys)
+
+
+def test_a_publisher_of_a_thousand_schemes_does_not_hold_up_lookups(
+    index: Locator, store: StoreClient
+) -> None:
+    """And what most blocks are in is found all the same."""
+    tokens = [number % 997 for number in range(8192)]
+    put(store, Namespace("ways", 16, scheme=vllm_scheme()), vllm_block_hashes(tokens, 16))
+    for number in range(1000):
+        put(store, Namespace("ways", number + 1, scheme="tokens"), [number.to_bytes(8, "big")])
+    wait_for(lambda: index.metric("kvstore_index_keys") >= 1512)
+    before = index.metric("kvstore_index_left_out_total")
+    wait_for(lambda: index.finds("dram", 8192, model="ways", tokens=tokens))
+    assert index.metric("kvstore_index_left_out_total") >= before + 1001 - WAYS_MAX
+    assert "ways: too many namespaces; a prompt is looked for in 32 of them at most" in index.log
+
+
+def test_of_many_ways_to_make_keys_those_with_most_blocks_are_tried() -> None:
+    locality = Locality()
+    holding = locality.open("n")
+    locality.show(holding)
+    for number in range(1, 101):
+        holding.stored(Namespace("m", number, scheme="tokens"), Medium.DRAM, list(range(number)), None)
+        # Nobody can make keys of these, so they take nobody's place.
+        holding.stored(Namespace("m", number), Medium.DRAM, [b"%d" % key for key in range(200)], None)
+    search = search_of(Query("m", tokens=[1] * 1000), locality)
+    assert {space.block_tokens for space in search.spaces} == set(range(85, 101))
+    assert search.left_out == 84
+    assert search_of(Query("m", keys=[b"1"]), locality).left_out == 84
+    assert search_of(Query("m", keys=[b"1"], fields={"block_tokens": 7}), locality).left_out == 0
+
+
+def test_a_prompt_is_looked_for_in_no_more_namespaces_than_there_is_time_for() -> None:
+    locality = Locality()
+    holding = locality.open("n")
+    locality.show(holding)
+    for number in range(1, 101):
+        space = Namespace("m", 16, dtype=str(number), scheme="tokens")
+        holding.stored(space, Medium.DRAM, list(range(number)), None)
+    search = search_of(Query("m", tokens=[1] * 1000), locality)
+    assert {space.dtype for space in search.spaces} == set(map(str, range(69, 101)))
+    assert search.effort(1000) == 1000
 
 
 def test_only_the_engines_that_are_asked_for_are_told(index: Locator) -> None:
@@ -227,6 +304,62 @@ def test_a_silent_daemon_is_left_out_and_its_age_is_told_until_it_speaks_again(
         assert "the oldest knowledge is of" in index.ask("/readyz")[1]
     wait_for(lambda: index.finds("dram", 16, **question))
     wait_for(lambda: index.placements(**question)[ENGINE]["age_ms"] < 1000)
+
+
+def following(path: Path, publisher: EventPublisher, *lines: str) -> list[str]:
+    """Flags of an index that follows an engine "e", which has no replay."""
+    engine = ["[[index.engines]]", 'name = "e"', 'hash = "sha256"']
+    engine += [f'events = "{publisher.endpoint}"', f'model = "{MODEL}"']
+    path.write_text("\n".join(["[index]", *lines, *engine]))
+    return ["--config", str(path)]
+
+
+def test_an_engine_to_which_there_is_only_a_connection_is_not_known(tmp_path: Path) -> None:
+    """It publishes under another topic than was configured, say."""
+    state = 'kvstore_index_publishers{kind="engine",state="unknown"}'
+    with (
+        EventPublisher("another") as publisher,
+        Locator(*following(tmp_path / "index.toml", publisher)) as index,
+    ):
+        wait_for(lambda: "connected to" in index.log)
+        publisher.publish([[1, None]])
+        assert index.ask("/readyz") == (503, "engine e was not heard\n")
+        wait_for(lambda: index.ask("/readyz")[0] == 200)
+        assert "engine e was not heard" in index.ask("/readyz")[1]
+        assert index.placements(model=MODEL, tokens=[1])["e"]["age_ms"] is None
+        assert index.metric(state) == 1
+
+
+def test_answers_say_that_they_are_of_incomplete_knowledge(
+    node: Node, store: StoreClient, tmp_path: Path
+) -> None:
+    put(store, Namespace("complete", 16), [b"1", b"2", b"3"])
+    question: dict[str, Any] = {"model": MODEL, "keys": [1, 2], "namespace": {"scheme": vllm_scheme()}}
+
+    def told(index: Locator) -> dict[str, Any]:
+        return {name: one["incomplete"] for name, one in index.placements(**question).items()}
+
+    def gpu(index: Locator) -> Any:
+        return index.placements(**question)["e"]["gpu"]
+
+    with EventPublisher() as publisher:
+        flags = following(
+            tmp_path / "index.toml", publisher, f'nodes = ["{node.endpoint("feed")}"]', "blocks_max = 2"
+        )
+        with Locator(*flags) as index:
+            wait_for(lambda: "connected to" in index.log)
+            publisher.publish([[1, None]])
+            wait_for(lambda: gpu(index) == 16)
+            assert index.placements(**question)["e"]["age_ms"] < 5000
+            wait_for(lambda: told(index) == {"e": False, ENGINE: True})
+        with Locator(*flags) as index:
+            wait_for(lambda: "connected to" in index.log)
+            publisher.publish([[2, None]], [[1, None]])
+            wait_for(lambda: gpu(index) == 32)
+            wait_for(lambda: told(index) == {"e": True, ENGINE: True})
+            for kind in ("node", "engine"):
+                assert index.metric(f'kvstore_index_publishers{{kind="{kind}",state="incomplete"}}') == 1
+            assert index.metric('kvstore_index_age_seconds{kind="engine",publisher="e"}') < 5
 
 
 def test_two_replicas_tell_the_same(index: Locator, node: Node, store: StoreClient) -> None:

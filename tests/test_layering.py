@@ -75,7 +75,9 @@ ONLY_IN = {
 }
 PURE = (
     "kvstore.index.engine_blocks",
+    "kvstore.index.engine_group",
     "kvstore.index.engine_stream",
+    "kvstore.index.held",
     "kvstore.index.holding",
     "kvstore.index.inquiry",
     "kvstore.index.keytable",
@@ -85,7 +87,9 @@ PURE = (
     "kvstore.index.node_stream",
     "kvstore.index.placement",
     "kvstore.index.query",
+    "kvstore.index.salted",
     "kvstore.index.saved",
+    "kvstore.index.standing",
     "kvstore.node.accounts",
     "kvstore.node.ages",
     "kvstore.node.blocks",

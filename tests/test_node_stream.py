@@ -302,6 +302,14 @@ def test_the_lag_of_events_is_told(line: Line) -> None:
     assert now.lags.at_most_s(0.8) == 0.25
 
 
+def test_a_heartbeat_tells_the_lag_where_nothing_happens(line: Line) -> None:
+    daemon = line.daemon
+    line.say(feed.encode(feed.Heartbeat(daemon.epoch, daemon.seq, line.now_s - 0.3, daemon.digests)))
+    now = line.stream.statistics(line.now_s)
+    assert now.lag_s == pytest.approx(0.3)
+    assert now.lags.count == 0
+
+
 def bad_frames() -> list[tuple[str, bytes]]:
     """Frames that are none, or hold what cannot be."""
     keys = [b"key%d" % number for number in range(feed.KEYS_MAX + 1)]

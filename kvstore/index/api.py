@@ -36,7 +36,7 @@ class Lookup(msgspec.Struct, forbid_unknown_fields=True):
     model: str
     tokens: list[Annotated[int, msgspec.Meta(ge=0, le=TOKEN_MAX)]] | None = None
     keys: list[int | str] | None = None
-    namespace: dict[str, str | int] = {}
+    namespace: dict[str, Any] = {}
     salt: str = ""
     lora: str = ""
     media: list[Item] = []
@@ -102,6 +102,7 @@ def _placement(answer: Answer) -> dict[str, Any]:
         "remote": placement.remote,
         "age_ms": None if math.isinf(answer.age_s) else round(answer.age_s * 1000, 1),
         "epochs": answer.epochs,
+        "incomplete": answer.incomplete,
     }
 
 

@@ -39,6 +39,20 @@ class EngineSource:
         return msgspec.json.encode(self)
 
 
+@dataclass(slots=True)
+class StreamCounts:
+    """Totals of one engine's stream: see `SourceStatistics`."""
+
+    batches: int = 0
+    events: int = 0
+    duplicates: int = 0
+    gaps: int = 0
+    lost: int = 0
+    resyncs: int = 0
+    restarts: int = 0
+    undecodable: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class SourceStatistics:
     """One engine's stream now.

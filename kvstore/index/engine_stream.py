@@ -6,12 +6,14 @@ Batches are numbered from 0 by each process of the engine, and say nothing else 
     the next number        it counts
     a higher one           held, until what lies between has come late or in a replay; else that is lost
     a lower one            dropped, if it is the batch that was here or an older one; else another process
-    a lost connection      nothing counts until a replay has shown that it is the same process
+    a lost connection      nothing counts until a replay has shown that it is the same process; without a
+                           replay nothing can, whatever its next number is, and all is forgotten
     silence                a replay shows whether the last batches got lost
 
 A replay begins with batches that are known, so that each of them tells another process from this one. What
-another process has begins anew: nothing of the one before answers any more. What is lost leaves the rest as
-it was, marked incomplete, unless the connection was lost too: then all of it is forgotten.
+another process has begins anew: nothing of the one before answers any more. Where there may be another one,
+nothing answers until it has proved to be the same, or those who could tell have not answered. What is lost
+leaves the rest as it was, marked incomplete, unless the connection was lost too: then all of it is forgotten.
 """
 
 import math
@@ -19,21 +21,18 @@ from dataclasses import asdict, dataclass
 from typing import Final
 
 from kvstore.errors import ProtocolError
-from kvstore.index.engine_blocks import EngineBlocks, Ignored
-from kvstore.index.engine_source import EngineSource, SourceStatistics
+from kvstore.index.engine_blocks import EngineBlocks
+from kvstore.index.engine_source import EngineSource, SourceStatistics, StreamCounts
 from kvstore.index.events import decode_batch
+from kvstore.index.held import Held
 from kvstore.index.holding import Holding
 from kvstore.index.locality import Locality
 from kvstore.index.marks import Marks
 from kvstore.index.saved import SavedEngine
+from kvstore.index.standing import Standing
 
-# Without a connection for so long, the engine is left out of answers.
-DEAD_AFTER_S: Final = 3.0
 # After so long without a batch one replay looks for those that nobody missed.
 QUIET_S: Final = 2.0
-# Batches held while others are missing: what is beyond is asked for again.
-_HELD_MAX: Final = 256
-_HELD_BYTES_MAX: Final = 64 << 20
 # How far, and how long, a batch may be late where nobody can be asked for it.
 _LATE_MAX: Final = 16
 _LATE_S: Final = 0.5
@@ -57,18 +56,6 @@ class _Replay:
     beyond: int | None = None
 
 
-@dataclass(slots=True)
-class _Counts:
-    batches: int = 0
-    events: int = 0
-    duplicates: int = 0
-    gaps: int = 0
-    lost: int = 0
-    resyncs: int = 0
-    restarts: int = 0
-    undecodable: int = 0
-
-
 class EngineStream:
     """The stream of one source, into a holding of its name."""
 
@@ -77,19 +64,17 @@ class EngineStream:
         self._locality = locality
         self._topic = source.topic.encode()
         self._blocks = EngineBlocks(source, self._fresh())
-        self._counts = _Counts()
+        self._counts = StreamCounts()
+        self._standing = Standing(locality, source.name)
         self._next = 0
         self._published_s = -math.inf
         self._marks = Marks()
-        self._held: dict[int, bytes] = {}
+        self._held = Held()
         # Known to be the process whose batches were applied.
         self._settled = False
         self._connected = False
-        self._muted = False
-        self._lost_s: float | None = None
         self._heard_s = -math.inf
         self._last_batch_s: float | None = None
-        self._gap_s = 0.0
         self._replay: _Replay | None = None
         self._behind = False
         self._looked = False
@@ -104,7 +89,11 @@ class EngineStream:
 
     def connected(self, now_s: float) -> None:
         """The publisher is there, whichever process it is."""
-        self._unsettle()
+        if self._connected:  # nobody has said that the one before was lost
+            self.disconnected(now_s)
+        if self.source.replay:
+            self._unsettle()
+            self._doubt()
         self._connected = True
         self._heard_s = now_s
         self._looked = False
@@ -114,26 +103,32 @@ class EngineStream:
 
     def disconnected(self, now_s: float) -> None:
         """The publisher is away."""
+        self._note(now_s)
         self._unsettle()
+        if self._next and not self.source.replay:
+            self._begin()
         self._connected = False
-        if self._lost_s is None:
-            self._lost_s = now_s
+        self._standing.lost(now_s)
 
     def tick(self, now_s: float) -> None:
         """Time has passed. To be called several times a second."""
-        if self._lost_s is not None and not self._muted and now_s - self._lost_s >= DEAD_AFTER_S:
-            self._muted = True
-            self._locality.mute(self.source.name)
+        self._standing.tick(now_s)
         self._go_on_alone(now_s)
+
+    def age_s(self, now_s: float) -> float:
+        """How long ago all that the engine had was known here; infinite for never."""
+        self._note(now_s)
+        return self._standing.age_s(now_s)
 
     def batch(self, seq: int, topic: bytes, payload: bytes, now_s: float) -> None:
         """A batch has come. Raises nothing, whatever it is."""
         if topic != self._topic:
-            self._blocks.ignored[Ignored.TOPIC] += 1
+            self._blocks.pass_over(topic)
             return
         if seq > _SEQ_MAX:
             self.malformed()
             return
+        self._note(now_s)
         self._heard_s, self._looked = now_s, False
         if seq < self._next:
             if not self._is_another(seq, payload):
@@ -159,6 +154,7 @@ class EngineStream:
 
     def asked(self, now_s: float) -> None:
         """The replay that is due has been asked for."""
+        self._note(now_s)
         self._replay = _Replay(self._next)
         self._alone = False
         self._ask_at_s = now_s + _EVERY_S
@@ -172,7 +168,7 @@ class EngineStream:
         if replay is None:
             return
         if topic != self._topic:
-            self._blocks.ignored[Ignored.TOPIC] += 1
+            self._blocks.pass_over(topic)
         elif seq > _SEQ_MAX:
             self.malformed()
         elif seq < replay.expected:
@@ -191,7 +187,7 @@ class EngineStream:
         elif not replay.checked and (self._remembers or not self._settled):
             self._restart()  # the process before would have had its last batch
         self._behind = replay.beyond is not None
-        missing = [*self._held] if replay.beyond is None else [replay.beyond, *self._held]
+        missing = [seq for seq in (replay.beyond, self._held.first) if seq is not None]
         if missing and self._settled and not replay.progressed:
             self._skip(min(missing))
             self._follow(now_s)
@@ -216,7 +212,7 @@ class EngineStream:
 
     def close(self) -> None:
         """Forget the engine."""
-        self._locality.unmute(self.source.name)
+        self._standing.trust()
         self._locality.close(self._blocks.holding)
 
     def statistics(self) -> SourceStatistics:
@@ -226,7 +222,7 @@ class EngineStream:
             name=self.source.name,
             kind=self.source.kind,
             connected=self._connected,
-            muted=self._muted,
+            muted=self._standing.muted,
             incomplete=blocks.incomplete,
             seq=self._next - 1 if self._next else None,
             last_batch_s=self._last_batch_s,
@@ -257,8 +253,7 @@ class EngineStream:
         self._blocks.restore(saved.groups, holding, incomplete=saved.incomplete)
         self._next, self._published_s = saved.next_seq, saved.published_s
         self._marks = Marks(saved.marks)
-        self._muted = True
-        self._locality.mute(self.source.name)
+        self._standing.doubt()
         self._locality.show(holding)
 
     # In order.
@@ -280,21 +275,16 @@ class EngineStream:
 
     def _follow(self, now_s: float) -> None:
         """Apply what was held for what has come now."""
-        while self._held:
-            payload = self._held.pop(self._next, None)
-            if payload is None:
-                return
+        while (payload := self._held.pop(self._next)) is not None:
             self._apply(self._next, payload, now_s)
+        if self._settled and not self._held:
+            self._standing.trust()
 
     def _hold(self, seq: int, payload: bytes, now_s: float) -> None:
         if not self._held:
-            self._gap_s = now_s
             self._counts.gaps += self._settled
-        size = len(payload) + sum(map(len, self._held.values()))
-        if len(self._held) < _HELD_MAX and size <= _HELD_BYTES_MAX:
-            self._held[seq] = payload
-        else:
-            self._behind = True
+        self._behind |= not self._held.add(seq, payload, now_s)
+        self._doubt()
 
     def _skip(self, seq: int) -> None:
         """What is before this number is lost."""
@@ -305,17 +295,18 @@ class EngineStream:
 
     def _go_on_alone(self, now_s: float) -> None:
         """Go on with what is held, where there is nobody to ask for what is missing."""
-        if not self._held or not self._alone:
+        first = self._held.first
+        if first is None or not self._alone:
             return
-        first = min(self._held)
         if not self._settled:
-            if self._next and first != self._next:
+            if self._next:
                 held = self._held
                 self._restart()
                 self._held = held
             self._settle()
-        elif len(self._held) <= _LATE_MAX and now_s - self._gap_s < _LATE_S:
+        elif len(self._held) <= _LATE_MAX and not self._held.full and now_s - self._held.since_s < _LATE_S:
             return
+        self._behind = False
         self._skip(first)
         self._follow(now_s)
 
@@ -347,12 +338,13 @@ class EngineStream:
             if replay.expected and not self._settled:
                 self._begin()
             self._settle()
-            self._skip(min(seq, *self._held) if self._held else seq)
+            first = self._held.first
+            self._skip(seq if first is None else min(seq, first))
             self._follow(now_s)
         if seq == self._next:
             replay.progressed = True
             self._heard_s, self._looked = now_s, False
-            self._held.pop(seq, None)
+            self._held.pop(seq)
             self._apply(seq, payload, now_s)
             self._follow(now_s)
         elif seq > self._next and replay.beyond is None:
@@ -360,15 +352,24 @@ class EngineStream:
 
     def _settle(self) -> None:
         self._settled = True
-        self._lost_s = None
-        if self._muted:
-            self._muted = False
-            self._locality.unmute(self.source.name)
+        self._standing.trust()
 
     def _unsettle(self) -> None:
         self._settled = False
         self._replay = None
-        self._held = {}
+        self._behind = False
+        self._held = Held()
+
+    def _doubt(self) -> None:
+        """It may be another process: what is known is left out of answers until that is clear."""
+        if self._next:
+            self._standing.doubt()
+
+    def _note(self, now_s: float) -> None:
+        """Nothing is missing or in doubt, if that is so."""
+        waits = self._held or self._behind or self._replay is not None
+        if self._connected and self._settled and not waits:
+            self._standing.current(now_s)
 
     def _restart(self) -> None:
         """It is another process than before."""
@@ -382,7 +383,7 @@ class EngineStream:
         self._next = 0
         self._marks = Marks()
         self._published_s = -math.inf
-        self._held = {}
+        self._held = Held()
 
     def _fresh(self) -> Holding:
         holding = self._locality.open(self.source.name)

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 import zmq
@@ -24,8 +25,10 @@ logger = logging.getLogger(__name__)
 _TICK_S: Final = 0.25
 # Engines answer between two batches, within 0.1 s.
 _ANSWER_S: Final = 1.5
-# Of one batch: 200,000 blocks of 16 tokens.
-_FRAME_BYTES_MAX: Final = 16 << 20
+# libzmq connects anew by itself, but not after a frame that was too long or bytes that were none of ZeroMQ's.
+_DIAL_S: Final = 2.0
+# Of one batch, which is applied in one turn of the loop: vLLM's step of 128,000 tokens has 0.6 MB.
+_FRAME_BYTES_MAX: Final = 4 << 20
 # Batches that wait here. Of a replay all: what an engine cannot send at once, it drops.
 _BATCHES_MAX: Final = 64
 _REPLAY_BATCHES_MAX: Final = 20_000
@@ -58,12 +61,18 @@ class EngineSubscriber:
         self._replay_heard_s = 0.0
         self._monitor = Wire(monitor, self._noticed)
         self._batches = Wire(socket, self._received)
+        # Since when there is no connection, or was none when it was asked for again.
+        self._away_s: float | None = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._timer = self._loop.call_later(_TICK_S, self._tick)
 
     def statistics(self) -> SourceStatistics:
         """The state and the counts of now."""
         return self.stream.statistics()
+
+    def age_s(self) -> float:
+        """How long ago all that the engine had was known; infinite for never."""
+        return self.stream.age_s(time.monotonic())
 
     def close(self) -> None:
         """End it, and forget the engine; from the loop that it runs on."""
@@ -80,10 +89,12 @@ class EngineSubscriber:
         if parse_monitor_message(list(frames))["event"] == zmq.EVENT_DISCONNECTED:
             logger.info("engine %s: lost %s", self._source.name, self._source.endpoint)
             self.stream.disconnected(now_s)
+            self._away_s = now_s
             self._end_replay()
         else:
             logger.info("engine %s: connected to %s", self._source.name, self._source.endpoint)
             self.stream.connected(now_s)
+            self._away_s = None
         self._ask(now_s)
 
     def _received(self, frames: Sequence[bytes]) -> None:
@@ -116,6 +127,14 @@ class EngineSubscriber:
             self.stream.replay_failed(now_s)
         self.stream.tick(now_s)
         self._ask(now_s)
+        if self._away_s is not None and now_s - self._away_s >= _DIAL_S:
+            self._away_s = now_s
+            self._dial()
+
+    def _dial(self) -> None:
+        with suppress(zmq.ZMQError):
+            self._batches.socket.disconnect(self._source.endpoint)
+        self._batches.socket.connect(self._source.endpoint)
 
     def _ask(self, now_s: float) -> None:
         """Ask for what is due. Each replay has a socket: nothing of an older one comes in between."""

@@ -112,7 +112,10 @@ class End(msgspec.Struct, frozen=True, array_like=True, tag="end"):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag="heartbeat"):
-    """The daemon is there, `seq` was its last Events, and this is what it has after them."""
+    """The daemon is there, `seq` was its last Events, and this is what it has after them.
+
+    `at_s` is its wall clock: it tells the lag where nothing happens.
+    """
 
     epoch: int
     seq: int

@@ -139,6 +139,11 @@ class Locality:
         """Those of a model and a salt of which somebody has blocks; shards of a set are one, with rank 0."""
         return list(self._model_salt.get((model, salt), ()))
 
+    def blocks_of(self, namespace: Namespace) -> int:
+        """How many blocks somebody has of one of `namespaces`, each counted once."""
+        table = self._tables.get(namespace)
+        return 0 if table is None else len(table)
+
     def depths(self, namespace: Namespace, keys: Sequence[Key]) -> list[tuple[int, int]]:
         """How many leading keys who has: (depth, bits) groups, deepest first, none of depth 0."""
         table = self._tables.get(set_of(namespace))

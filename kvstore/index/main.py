@@ -9,14 +9,14 @@ from pathlib import Path
 import uvloop
 
 from kvstore import logs
-from kvstore.config import Config, RedisConfig
+from kvstore.config import Config
 from kvstore.http_server import HttpServer
 from kvstore.index.api import index_app
 from kvstore.index.membership import source_of
 from kvstore.index.metrics import exposition
 from kvstore.index.saver import Saver
 from kvstore.index.service import Index
-from kvstore.index.settings import ranks_of
+from kvstore.index.settings import ranks_of, registry_prefix
 from kvstore.index.wire import load_key
 from kvstore.listening import endpoint, listen_http
 
@@ -46,7 +46,7 @@ async def _run(config: Config) -> None:
         loop.add_signal_handler(number, stop.set)
     settings = config.index
     key_file = settings.key_file or (config.events.key_file if config.events else "")
-    prefix = config.redis.prefix if config.redis else RedisConfig().prefix
+    prefix = registry_prefix(config)
     snapshot = Path(settings.snapshot) if settings.snapshot else None
     index = Index(
         ranks_of(settings),

@@ -51,6 +51,11 @@ class IndexCollector(Collector):
         )
         yield _histogram("loop_late_seconds", "How late the event loop came to what was due", now.late)
         yield _histogram("lookup_seconds", "Seconds that lookups took, without HTTP", now.lookups)
+        yield CounterMetricFamily(
+            "kvstore_index_left_out",
+            "Namespaces that lookups had no room for, each counted once a lookup",
+            value=now.left_out,
+        )
         yield _publishers(now)
         yield from _totals(now)
         yield _ignored(now)
@@ -63,7 +68,7 @@ def _publishers(now: IndexStatistics) -> Metric:
         "kvstore_index_publishers", "Publishers, by what is known of them", labels=["kind", "state"]
     )
     states = Counter(("node", _node_state(node)) for node in now.nodes)
-    states.update(("engine", _engine_state(engine)) for engine in now.engines)
+    states.update(("engine", _engine_state(each, now.engine_ages_s[each.name])) for each in now.engines)
     for kind in ("node", "engine"):
         for state in ("current", "filling", "incomplete", "silent", "unknown", "refused"):
             gauges.add_metric([kind, state], states[kind, state])
@@ -77,15 +82,17 @@ def _node_state(node: NodeStreamStatistics) -> str:
         return "silent"
     if node.filling:
         return "filling"
-    return "unknown" if math.isinf(node.age_s) else "current"
+    if math.isinf(node.age_s):
+        return "unknown"
+    return "incomplete" if node.over else "current"
 
 
-def _engine_state(engine: SourceStatistics) -> str:
+def _engine_state(engine: SourceStatistics, age_s: float) -> str:
     if engine.muted:
         return "silent"
-    if not engine.connected:
+    if math.isinf(age_s):
         return "unknown"
-    return "incomplete" if engine.incomplete else "current"
+    return "incomplete" if engine.incomplete or engine.over else "current"
 
 
 def _totals(now: IndexStatistics) -> Iterator[Metric]:
@@ -117,7 +124,12 @@ def _each(now: IndexStatistics) -> Iterator[Metric]:
         "kvstore_index_blocks", "Blocks that a publisher has, in all media", labels=["kind", "publisher"]
     )
     ages = GaugeMetricFamily(
-        "kvstore_index_age_seconds", "Age of what is known of a daemon", labels=["kind", "publisher"]
+        "kvstore_index_age_seconds", "Age of what is known of a publisher", labels=["kind", "publisher"]
+    )
+    lag = GaugeMetricFamily(
+        "kvstore_index_lag_now_seconds",
+        "Seconds that a daemon's last message took, by the clocks of both machines",
+        labels=["kind", "publisher"],
     )
     lags = HistogramMetricFamily(
         "kvstore_index_lag_seconds",
@@ -130,9 +142,12 @@ def _each(now: IndexStatistics) -> Iterator[Metric]:
         lags.add_metric(label, _buckets(node.lags), node.lags.sum_s)
         if not math.isinf(node.age_s):
             ages.add_metric(label, node.age_s)
+            lag.add_metric(label, node.lag_s)
     for engine in now.engines:
         blocks.add_metric(["engine", engine.name], engine.blocks)
-    yield from (blocks, ages, lags)
+        if not math.isinf(age_s := now.engine_ages_s[engine.name]):
+            ages.add_metric(["engine", engine.name], age_s)
+    yield from (blocks, ages, lag, lags)
 
 
 class SaverCollector(Collector):

@@ -24,9 +24,9 @@ class NodeStreamCounters:
 class NodeStreamStatistics:
     """One feed now. `epoch` and `seq` are None as long as nothing is known.
 
-    `age_s` is how long ago all of it was known, infinite for never; `lag_s` how long the last events had
-    taken to get here, by the clocks of both machines; `filling` whether a snapshot is under way; `refused`
-    why the daemon is not listened to.
+    `age_s` is how long ago all of it was known, infinite for never; `lag_s` how long the last events, or a
+    heartbeat since, had taken to get here, by the clocks of both machines, `lags` of events alone; `filling`
+    whether a snapshot is under way; `refused` why the daemon is not listened to.
     """
 
     address: str

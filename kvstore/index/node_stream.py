@@ -138,6 +138,11 @@ class NodeStream:
         """Of the life of the daemon that is answered for."""
         return self._epoch if self._copy else None
 
+    @property
+    def over(self) -> bool:
+        """Whether the daemon has more than there is room for here."""
+        return self._copy is not None and self._copy.holding.over
+
     def statistics(self, now_s: float) -> NodeStreamStatistics:
         """All of it now."""
         copy = self._copy
@@ -148,7 +153,7 @@ class NodeStream:
             seq=self._seq if copy else None,
             engines=self.engines,
             blocks=copy.holding.blocks if copy else 0,
-            over=bool(copy and copy.holding.over),
+            over=self.over,
             silent=self.silent,
             filling=self._filling is not None,
             refused=self._refused,
@@ -181,7 +186,7 @@ class NodeStream:
             case feed.Events():
                 self._apply_events(message, now_s, wall_s)
             case feed.Heartbeat():
-                self._compare(message, now_s)
+                self._compare(message, now_s, wall_s)
             case feed.Hello():
                 self._greet(message, now_s)
             case feed.Part():
@@ -265,11 +270,11 @@ class NodeStream:
         else:
             copy.apply(message.events)
             self._seq = message.seq
-            self._lag_s = max(0.0, min(wall_s - message.at_s, _LAG_MAX_S))
+            self._lag_s = _lag_s(message.at_s, wall_s)
             self._lags.observe(self._lag_s)
             self._know(now_s)
 
-    def _compare(self, beat: feed.Heartbeat, now_s: float) -> None:
+    def _compare(self, beat: feed.Heartbeat, now_s: float, wall_s: float) -> None:
         copy = self._copy
         if copy is None or self._filling is not None:
             return
@@ -283,6 +288,7 @@ class NodeStream:
             self._inquiry.answered()
             self._inquiry.forgive()
             self._resumed_at = None
+            self._lag_s = _lag_s(beat.at_s, wall_s)
             self._know(now_s)
         else:
             self._diverge(now_s)
@@ -366,3 +372,8 @@ class NodeStream:
         if self._names.get(self.name) is self:
             del self._names[self.name]
         self.name = None
+
+
+def _lag_s(at_s: float, wall_s: float) -> float:
+    """How long a message has taken, within reason: clocks differ."""
+    return max(0.0, min(wall_s - at_s, _LAG_MAX_S))

@@ -9,12 +9,14 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import Final
+from heapq import nlargest
+from typing import Any, Final
 
 from kvstore.block import NAMESPACE_FIELD_CHARS_MAX, Namespace, check_keys
 from kvstore.engine_hashes import MediaItem
 from kvstore.engine_keys import engine_keys, keys_for, scheme_holds_salt
 from kvstore.errors import InvalidRequest
+from kvstore.index.holding import set_of
 from kvstore.index.keytable import Key
 from kvstore.index.locality import Locality
 
@@ -23,9 +25,17 @@ logger = logging.getLogger(__name__)
 TOKENS_MAX: Final = 1 << 20
 KEYS_MAX: Final = 1 << 16
 MEDIA_MAX: Final = 4096
+# Namespaces that one prompt is looked for in, and ways of making keys there: schemes with block sizes.
+SPACES_MAX: Final = 32
+WAYS_MAX: Final = 16
 _FIELDS: Final = frozenset(knob.name for knob in fields(Namespace)) - {"model", "salt"}
 # Schemes whose keys the index has as numbers, beside vLLM's.
 _NUMBERED: Final = frozenset({"sglang", "sglang-eagle", "tokens", "tokens-eagle"})
+# What schemes begin with that keys may be made in.
+_MADE: Final = ("vllm-", "sglang", "tokens", "lmcache-")
+# Making a key takes about as long as reading so many tokens.
+_KEY_TOKENS: Final = 16
+_Way = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +44,7 @@ class Query:
 
     Keys are numbers or digests as engines publish them, or whatever bytes the store's users take. They are
     looked for in namespaces that have the values of `fields`; without a `scheme` there, in those that have
-    none.
+    none. A `shard` there stands for all shards of its set.
 
     Raises:
         InvalidRequest: a value is out of its limits, or does not go with another.
@@ -43,7 +53,7 @@ class Query:
     model: str
     tokens: Sequence[int] | None = None
     keys: Sequence[int] | Sequence[bytes] | None = None
-    fields: Mapping[str, str | int] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
     salt: str = ""
     lora: str = ""
     media: Sequence[MediaItem] = ()
@@ -74,22 +84,61 @@ class Query:
         if unknown:
             known = ", ".join(sorted(_FIELDS))
             raise InvalidRequest(f"a namespace has no field {unknown[0]!r:.40}; give some of {known}")
-
-    @property
-    def size(self) -> int:
-        """Of the prompt: what the time for its keys grows with."""
-        return len(self.tokens if self.tokens is not None else self.keys or ())
+        Namespace(self.model, **self.fields)  # which checks them
 
 
-def spaces_of(query: Query, locality: Locality) -> list[Namespace]:
-    """The namespaces that the prompt may be looked for in, of those of which somebody has blocks."""
-    own = list(locality.namespaces(query.model, query.salt))
+@dataclass(frozen=True, slots=True)
+class Search:
+    """The namespaces that a prompt is looked for in; `left_out` counts those that there was no room for."""
+
+    spaces: Sequence[Namespace]
+    left_out: int = 0
+
+    def effort(self, tokens: int) -> int:
+        """What the time for the keys of so many tokens grows with, in tokens."""
+        ways = set(map(_way, self.spaces))
+        return sum([tokens * max(1, _KEY_TOKENS // block_tokens) for _, block_tokens in ways])
+
+
+def search_of(query: Query, locality: Locality) -> Search:
+    """Where to look for the prompt, of the namespaces of which somebody has blocks.
+
+    Whoever publishes in very many must not hold lookups up: where there are too many, those with most blocks
+    are looked in.
+    """
+    spaces = list(locality.namespaces(query.model, query.salt))
     if query.salt:
-        own += filter(scheme_holds_salt, locality.namespaces(query.model, ""))
-    if query.keys is None:
-        return own
+        spaces += filter(scheme_holds_salt, locality.namespaces(query.model, ""))
+    if query.keys is not None:
+        spaces = _wanted(query, spaces)
+    elif len(spaces) > WAYS_MAX:
+        spaces = [space for space in spaces if space.scheme.startswith(_MADE)]
+    if len(spaces) <= WAYS_MAX:
+        return Search(spaces)
+    kept = _fullest(spaces, locality)
+    if len(kept) < len(spaces):
+        _say_many(query.model)
+    return Search(kept, len(spaces) - len(kept))
+
+
+def _wanted(query: Query, spaces: Iterable[Namespace]) -> list[Namespace]:
+    """Those that have the values that were given."""
     wanted = {"scheme": "", **query.fields}
-    return [space for space in own if all(getattr(space, name) == value for name, value in wanted.items())]
+    if "shard" in wanted:
+        wanted["shard"] = set_of(Namespace(query.model, shard=wanted["shard"])).shard
+    return [space for space in spaces if all(getattr(space, name) == value for name, value in wanted.items())]
+
+
+def _fullest(spaces: Iterable[Namespace], locality: Locality) -> list[Namespace]:
+    """Those with most blocks, within both limits."""
+    fullest = nlargest(SPACES_MAX, spaces, key=locality.blocks_of)
+    ways = set(list(dict.fromkeys(map(_way, fullest)))[:WAYS_MAX])
+    return [space for space in fullest if _way(space) in ways]
+
+
+def _way(space: Namespace) -> _Way:
+    """How keys are made there."""
+    return space.scheme, space.block_tokens
 
 
 def keys_of(query: Query, spaces: Iterable[Namespace]) -> dict[Namespace, Sequence[Key]]:
@@ -102,12 +151,12 @@ def keys_of(query: Query, spaces: Iterable[Namespace]) -> dict[Namespace, Sequen
     """
     if query.keys is not None:
         return dict.fromkeys(spaces, _given(str(query.fields.get("scheme", "")), query.keys))
-    made: dict[tuple[str, int], Sequence[Key]] = {}
+    made: dict[_Way, Sequence[Key]] = {}
     for space in spaces:
-        way = space.scheme, space.block_tokens
+        way = _way(space)
         if way not in made:
             made[way] = _made(query, space)
-    return {space: keys for space in spaces if (keys := made[space.scheme, space.block_tokens])}
+    return {space: keys for space in spaces if (keys := made[_way(space)])}
 
 
 def _made(query: Query, space: Namespace) -> Sequence[Key]:
@@ -121,6 +170,17 @@ def _made(query: Query, space: Namespace) -> Sequence[Key]:
     if keys is None and not query.lora:
         _say_unknown(space.scheme, space.model, reason)
     return keys or ()
+
+
+@lru_cache(1024)
+def _say_many(model: str) -> None:
+    logger.warning(
+        "%s: too many namespaces; a prompt is looked for in %d of them at most, with %d schemes and block "
+        "sizes, in which most blocks are",
+        model,
+        SPACES_MAX,
+        WAYS_MAX,
+    )
 
 
 @lru_cache(1024)

@@ -25,7 +25,7 @@ from kvstore.index.node_state import NodeStreamStatistics
 from kvstore.index.node_stream import Names
 from kvstore.index.node_subscriber import NodeSubscriber
 from kvstore.index.placement import Engine, Placement
-from kvstore.index.query import Query, keys_of, spaces_of
+from kvstore.index.query import Query, keys_of, search_of
 from kvstore.index.remembrance import remembered
 from kvstore.index.saved import SavedIndex, SavedTable
 from kvstore.index.settings import Rank
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 # Sockets of one process: each subscriber has up to four, each with a file of its own.
 _SOCKETS_MAX: Final = 65_000
 _JOIN_S: Final = 0.25
-# Making the keys of so many tokens takes 2 ms or more: it is done beside the loop.
+# Making the keys of so many tokens, in one way, takes 2 ms or more: it is done beside the loop.
 _ASIDE_TOKENS: Final = 32_768
 # What was known before a restart is kept so long for publishers that have not come back.
 _REMEMBERED_S: Final = 60.0
@@ -50,24 +50,28 @@ class Answer:
     """What an engine has of a prompt, and how good that knowledge is.
 
     `age_s` is that of the oldest of what is known of the engine and its nodes, infinite where one of them was
-    never heard; `epochs` are the lives of its nodes that are known.
+    never heard; `epochs` are the lives of its nodes that are known. `incomplete` says that one of them has
+    more than is known here: its events are lost, or it is over its limit.
     """
 
     placement: Placement
     age_s: float
     epochs: dict[str, int]
+    incomplete: bool
 
 
 @dataclass(frozen=True, slots=True)
 class IndexStatistics:
-    """All of the index now. `late` is how late the event loop came to what was due, `age_s` of the oldest
-    knowledge that lookups use."""
+    """All of the index now. `left_out` counts namespaces that lookups had no room for, `late` is how late
+    the event loop came to what was due, `age_s` that of the oldest knowledge that lookups use."""
 
     locality: LocalityStatistics
     membership: MembershipStatistics
     nodes: list[NodeStreamStatistics]
     engines: list[SourceStatistics]
+    engine_ages_s: dict[str, float]
     lookups: Latencies
+    left_out: int
     late: Latencies
     late_max_s: float
     age_s: float
@@ -98,12 +102,13 @@ class Index:
         self._names = Names(self._ranks)
         self._nodes: dict[str, NodeSubscriber] = {}
         self._engines: dict[str, EngineSubscriber] = {}
-        self._seen_s: dict[str, float] = {}
+        self._incomplete: set[str] = set()
         self._joined: dict[str, tuple[str, ...]] | None = None
         self._joining: asyncio.Handle | None = None
         self._membership = Membership(sources, self._change, self._is_heard)
         self._tending = Tending(self.locality)
         self._lookups = Latencies()
+        self._left_out = 0
 
     def start(self) -> None:
         """Connect to the engines, and ask which daemons there are; never waits.
@@ -137,11 +142,12 @@ class Index:
             InvalidRequest: a key is none.
         """
         began_s = time.perf_counter()
-        spaces = spaces_of(query, self.locality)
-        if query.tokens is not None and query.size >= _ASIDE_TOKENS:
-            keys = await self._loop.run_in_executor(None, keys_of, query, spaces)
+        search = search_of(query, self.locality)
+        self._left_out += search.left_out
+        if search.effort(len(query.tokens or ())) >= _ASIDE_TOKENS:
+            keys = await self._loop.run_in_executor(None, keys_of, query, search.spaces)
         else:
-            keys = keys_of(query, spaces)
+            keys = keys_of(query, search.spaces)
         asked = self._asked(engines)
         placements = self.locality.find(keys, asked)
         answers = [self._answer(engine, one) for engine, one in zip(asked, placements, strict=True)]
@@ -159,10 +165,13 @@ class Index:
         return self.unknown()
 
     def unknown(self) -> list[str]:
-        """Publishers of which nothing is known now."""
+        """Who tells of no daemon, and publishers of which nothing is known now."""
         nodes = [each for each in self._nodes.values() if math.isinf(each.age_s())]
-        engines = [name for name in self._engines if name not in self._seen_s]
+        engines = [name for name, each in self._engines.items() if math.isinf(each.age_s())]
+        sources = self._membership.statistics().sources
         return [
+            *[f"{each.label} cannot be asked: {each.failing}" for each in sources if each.failing],
+            *[f"{each.label} names no daemon" for each in sources if not each.members and not each.failing],
             *[f"the daemon at {each.stream.address} was not heard" for each in nodes],
             *[f"engine {name} was not heard" for name in engines],
         ]
@@ -170,7 +179,7 @@ class Index:
     def age_s(self) -> float:
         """The age of the oldest knowledge that lookups use."""
         ages = [each.age_s() for each in self._nodes.values()]
-        ages += [time.monotonic() - seen_s for seen_s in self._seen_s.values()]
+        ages += [each.age_s() for each in self._engines.values()]
         return max((age for age in ages if not math.isinf(age)), default=0.0)
 
     def statistics(self) -> IndexStatistics:
@@ -180,7 +189,9 @@ class Index:
             membership=self._membership.statistics(),
             nodes=[each.statistics() for each in self._nodes.values()],
             engines=[each.statistics() for each in self._engines.values()],
+            engine_ages_s={name: each.age_s() for name, each in self._engines.items()},
             lookups=replace(self._lookups, counts=list(self._lookups.counts)),
+            left_out=self._left_out,
             late=self._tending.late,
             late_max_s=self._tending.late_max_s,
             age_s=self.age_s(),
@@ -223,12 +234,10 @@ class Index:
     def _join(self) -> None:
         """See who is there, and which engines use which nodes."""
         self._joining = self._loop.call_later(_JOIN_S, self._join)
-        now_s = time.monotonic()
-        if now_s - self._started_s > _REMEMBERED_S:
+        if time.monotonic() - self._started_s > _REMEMBERED_S:
             self._remembrance.forget()
-        for name, subscriber in self._engines.items():
-            if subscriber.statistics().connected:
-                self._seen_s[name] = now_s
+        engines = [each.statistics() for each in self._engines.values()]
+        self._incomplete = {each.name for each in engines if each.incomplete or each.over}
         node_to_engines = {name: stream.engines for name, stream in sorted(self._names.items())}
         if node_to_engines != self._joined:
             self._joined = node_to_engines
@@ -245,9 +254,10 @@ class Index:
         streams = [self._names[node] for node in engine.nodes if node in self._names]
         ages = [stream.age_s(now_s) for stream in streams]
         if engine.name in self._engines:
-            ages.append(time.monotonic() - self._seen_s.get(engine.name, -math.inf))
+            ages.append(self._engines[engine.name].age_s())
+        incomplete = engine.name in self._incomplete or any(stream.over for stream in streams)
         epochs = {stream.name: stream.epoch for stream in streams if stream.name and stream.epoch is not None}
-        return Answer(placement, max(ages, default=math.inf), epochs)
+        return Answer(placement, max(ages, default=math.inf), epochs, incomplete)
 
 
 def join(engines: Iterable[Engine], node_to_engines: dict[str, tuple[str, ...]]) -> list[Engine]:

@@ -12,7 +12,7 @@ from kvstore.hashing import VLLM_SEED
 from kvstore.index.engine_source import EngineKind, EngineSource
 from kvstore.index.membership import source_of
 from kvstore.index.placement import Engine
-from kvstore.knobs import Config, EngineConfig, IndexConfig, parse_endpoint
+from kvstore.knobs import Config, EngineConfig, IndexConfig, RedisConfig, parse_endpoint
 
 _RANKS_MAX: Final = 1024
 # Where to connect to who listens everywhere.
@@ -47,6 +47,11 @@ def beside(config: Config, feed: str) -> Config:
     here = _LOOPBACK.get(host, f"[{host}]" if ":" in host else host)
     nodes = (f"{config.node}={here}:{port}", *config.index.nodes)
     return replace(config, index=replace(config.index, nodes=nodes))
+
+
+def registry_prefix(config: Config) -> str:
+    """What names in a registry begin with: the same as those of blocks in Redis, used or not."""
+    return (config.redis or RedisConfig()).prefix
 
 
 def validate_index(config: IndexConfig) -> None:
