@@ -146,7 +146,7 @@ class Locality:
 
     def depths(self, namespace: Namespace, keys: Sequence[Key]) -> list[tuple[int, int]]:
         """How many leading keys who has: (depth, bits) groups, deepest first, none of depth 0."""
-        table = self._tables.get(set_of(namespace))
+        table = self._tables.get(namespace) or self._tables.get(set_of(namespace))
         return [] if table is None else table.depths(keys, self._live)
 
     def find(
