@@ -208,7 +208,13 @@ def test_the_view_goes_on_until_it_is_ended_and_leaves_the_terminal_as_it_was(sh
     before = termios.tcgetattr(theirs)
     environ = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
     process = subprocess.Popen(
-        command(shared, "--interval", "0.05"), stdin=theirs, stdout=theirs, stderr=theirs, env=environ
+        command(shared, "--interval", "0.05"),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environ,
+        # Whoever runs the tests in the background may ignore it, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     shown = b""
 
