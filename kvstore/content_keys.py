@@ -59,17 +59,6 @@ def content_chain(
     return _content_chain(parent, little_endian(ids), _width(block_tokens, in_pairs), extras)
 
 
-def content_key(parent: int | None, tokens: Sequence[int], extra: Extra = None) -> int:
-    """Return the key of the one block of these tokens: see `content_chain`.
-
-    Raises:
-        InvalidRequest: there is no token, or one is out of range.
-    """
-    if not len(tokens):
-        raise InvalidRequest("a block of no tokens; give those that the block holds")
-    return content_chain(parent, tokens, len(tokens), (extra,))[0]
-
-
 def event_extras(lora_name: object, cache_salt: object, extra_keys: object, first: bool) -> Extra:
     """Return what a block that an engine announces holds beside its tokens, as `block_extras` has it.
 

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -18,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from tests.node import wait_for
+from tests.node import free_ports, wait_for
 from tests.readme import command, replaced
 
 # LMCache reports its use to its makers unless told not to.
@@ -85,7 +84,7 @@ class Server:
     """
 
     def __init__(self, folder: Path, adapter: str, l1_size_gb: float = 0.5) -> None:
-        self._port, self._http_port, prometheus_port = _free_ports(3)
+        self._port, self._http_port, prometheus_port = free_ports(3)
         self._log = folder / f"lmcache-{self._port}.log"
         words = replaced(
             command("lmcache server"),
@@ -214,11 +213,3 @@ def _is_there(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server((_HOST, 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports

@@ -204,6 +204,15 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
         time.sleep(0.005)
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
 @contextmanager
 def node_with_disk(dram: str = "64MiB", capacity: str = "512MiB", *flags: str) -> Iterator[Node]:
     """A daemon with an NVMe tier in a directory that goes with it; at the end nothing may be wrong in it."""

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import random
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -19,7 +18,7 @@ from kvstore.client import StoreClient
 from kvstore.engine_hashes import vllm_block_hashes
 from kvstore.engine_keys import vllm_scheme
 from tests.locator import Locator
-from tests.node import Node, wait_for
+from tests.node import Node, free_ports, wait_for
 
 MODEL: Final = "m"
 BLOCK_TOKENS: Final = 16
@@ -28,17 +27,11 @@ ENGINE: Final = "10.0.0.5:8000"
 STEPS: Final = 40
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 class Dynamo:
     """`python -m dynamo.indexer`, told of one worker."""
 
     def __init__(self, log: Path, publish: str, replay: str) -> None:
-        self._url = f"http://127.0.0.1:{free_port()}"
+        self._url = f"http://127.0.0.1:{free_ports(1)[0]}"
         port = self._url.rpartition(":")[2]
         with log.open("wb") as out:
             self._process = subprocess.Popen(
@@ -135,9 +128,9 @@ def config(tmp_path: Path) -> Path:
     path.write_text(
         f"""
         [events]
-        feed = "127.0.0.1:{free_port()}"
-        publish = "127.0.0.1:{free_port()}"
-        replay = "127.0.0.1:{free_port()}"
+        feed = "127.0.0.1:{free_ports(1)[0]}"
+        publish = "127.0.0.1:{free_ports(1)[0]}"
+        replay = "127.0.0.1:{free_ports(1)[0]}"
         engines = ["{ENGINE}"]
         tokens = true
         """

@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import threading
@@ -25,7 +24,7 @@ from kvstore.block import Namespace
 from kvstore.client import StoreClient
 from kvstore.index.wire import new_key
 from tests.locator import Locator
-from tests.node import SLACK_S, Node, wait_for
+from tests.node import SLACK_S, Node, free_ports, wait_for
 
 RIGHT_WITHIN_S: Final = 5.0 + SLACK_S
 NS: Final = Namespace("m", block_tokens=16)
@@ -37,12 +36,6 @@ ENGINE: Final = "10.0.0.9:8000"
 def keys(prompt: int) -> list[bytes]:
     """A chain of its own for each prompt."""
     return [f"{prompt}/{place}".encode() for place in range(BLOCKS)]
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def churn(store: StoreClient, random: random.Random, steps: int) -> None:
@@ -74,7 +67,7 @@ def truth(store: StoreClient) -> list[int]:
 def events(folder: Path, **more: str) -> list[str]:
     """A daemon's flags, with a feed whose address a restart keeps."""
     path = folder / "node.toml"
-    lines = {"feed": f"127.0.0.1:{free_port()}", **more}
+    lines = {"feed": f"127.0.0.1:{free_ports(1)[0]}", **more}
     text = "\n".join(f'{name} = "{value}"' for name, value in lines.items())
     path.write_text(f'node = "gpu-17"\n[events]\n{text}\n')
     return ["--config", str(path)]
@@ -106,7 +99,7 @@ class Hostile:
     """An engine's publisher that says whatever it is told to, as fast as it is listened to."""
 
     def __init__(self, kind: str) -> None:
-        self.port = free_port()
+        self.port = free_ports(1)[0]
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._publish, args=(kind,))
         self.sent = 0
@@ -331,7 +324,7 @@ def test_a_link_that_is_cut_and_restored(tmp_path: Path) -> None:
     try:
         key = tmp_path / "key"
         key.write_text(new_key())
-        flags = events(tmp_path, feed=f"{apart.feed_here}:{free_port()}", key_file=str(key))
+        flags = events(tmp_path, feed=f"{apart.feed_here}:{free_ports(1)[0]}", key_file=str(key))
         with (
             Node("64MiB", *flags) as node,
             node.client() as store,

@@ -1,13 +1,12 @@
 """Daemons that register in a real Redis, and an index that finds them there, without a list."""
 
-import socket
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from kvstore.block import Namespace
 from tests.locator import Locator
-from tests.node import Node, wait_for
+from tests.node import Node, free_ports, wait_for
 from tests.redis_servers import Server
 
 NS: Final = Namespace("m", block_tokens=16)
@@ -19,12 +18,6 @@ def registered(folder: Path, name: str, url: str, more: str = "", *flags: str) -
     config = folder / f"{name}.toml"
     config.write_text(f'node = "{name}"\n[events]\nfeed = "127.0.0.1:0"\nregistry = "{url}"\n{more}')
     return Node("64MiB", "--config", str(config), *flags)
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def test_an_index_finds_daemons_that_register_and_loses_those_that_end(tmp_path: Path) -> None:
@@ -50,7 +43,7 @@ def test_daemons_and_an_index_with_a_prefix_of_their_own_find_each_other_and_nob
     """Also where the index runs beside the daemon, and has its settings."""
     with Server() as redis:
         shared = f'[redis]\nurl = "{redis.url}"\nprefix = "prod"\n'
-        beside = f'[index]\nhttp = "127.0.0.1:{free_port()}"\nnodes = ["{redis.url}"]\n'
+        beside = f'[index]\nhttp = "127.0.0.1:{free_ports(1)[0]}"\nnodes = ["{redis.url}"]\n'
         alone = tmp_path / "index.toml"
         alone.write_text(f'{shared}[index]\nnodes = ["{redis.url}"]\n')
         with (

@@ -24,7 +24,7 @@ from kvstore.index.masks import Mask, Masks, bits_of
 from kvstore.index.placement import Engine, Found, Placement, placements
 from kvstore.index.saved import SavedLocality, SavedTable, bits_from_bytes, bits_to_bytes
 
-# Blocks that one publisher may claim: 4,096 tokens of 16 each for a thousand prompts, many times over.
+# Blocks that one publisher may claim: 64 million tokens in blocks of 16, and half a gigabyte here.
 HOLDING_BLOCKS_MAX: Final = 4_000_000
 # What `tend` does in one slice, each about 5 ms.
 _MASKS_AT_ONCE: Final = 4096

@@ -1,7 +1,6 @@
 """A real vLLM with KV events on feeds the index, which then says what vLLM finds in its prefix cache."""
 
 import random
-import socket
 from collections.abc import Iterator
 from typing import Final
 
@@ -10,7 +9,7 @@ import pytest
 from tests.engines.checkpoint import VOCABULARY, write_checkpoint
 from tests.engines.processes import Engine
 from tests.locator import Locator
-from tests.node import wait_for
+from tests.node import free_ports, wait_for
 
 MODEL: Final = "tiny-llama"
 NAME: Final = "10.0.0.5:8000"
@@ -23,15 +22,6 @@ pytestmark = pytest.mark.timeout(300)
 def prompt(tokens: int) -> list[int]:
     """Other tokens each time."""
     return RANDOM.choices(range(3, VOCABULARY), k=tokens)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 @pytest.fixture(scope="module")
