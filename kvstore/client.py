@@ -16,7 +16,8 @@ import numpy as np
 from kvstore import packing, protocol
 from kvstore.block import Namespace
 from kvstore.channel import TRANSFER_S
-from kvstore.errors import DeadlineExceeded, InvalidRequest, ProtocolError, Unavailable
+from kvstore.errors import DeadlineExceeded, InvalidRequest, Unavailable
+from kvstore.index_client import IndexClient as IndexClient
 from kvstore.keeper import Keeper
 from kvstore.leases import EachLease as EachLease
 from kvstore.leases import ReadLease, map_views, split_payload
@@ -25,7 +26,9 @@ from kvstore.link import Link
 from kvstore.questions import Item as Item
 from kvstore.questions import KeyPage as KeyPage
 from kvstore.questions import NamespaceUse as NamespaceUse
-from kvstore.questions import Questions, packed_items
+from kvstore.questions import packed_items
+from kvstore.upkeep import Hold as Hold
+from kvstore.upkeep import Upkeep
 
 # What a request may name.
 KEYS_MAX: Final = protocol.KEYS_MAX
@@ -42,7 +45,7 @@ class Limits(NamedTuple):
     reserved_bytes: int
 
 
-class StoreClient(Questions):
+class StoreClient(Upkeep):
     """A connection to one daemon. Make it with `connect`; it is a context manager that closes itself."""
 
     def __init__(self, keeper: Keeper) -> None:
@@ -270,26 +273,6 @@ class StoreClient(Questions):
         answer = reply.answer
         assert isinstance(answer, protocol.Count)
         return answer.count
-
-    def drain(self, wait_s: float = 0.0, *, cancel: bool = False) -> protocol.Drained:
-        """Let the daemon take nothing new and write what only its arena has below, or go on as before.
-
-        Returns when nothing remains, or with what does after `wait_s`. The daemon drains on, whatever
-        becomes of this client; ask again to see how far it is.
-
-        Raises:
-            ProtocolError: the daemon is older than this verb.
-        """
-        packing.check_wait(wait_s)
-        link = self._connected()
-        if link.welcome.minor < 1:
-            raise ProtocolError(
-                f"the daemon speaks protocol {link.welcome.major}.{link.welcome.minor}; drain came with 2.1: "
-                "upgrade it, or stop it without draining"
-            )
-        answer = self._call(link, protocol.Drain(wait_s, cancel), wait_s).answer
-        assert isinstance(answer, protocol.Drained)
-        return answer
 
     def _granted(
         self,

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
+from starlette.types import ASGIApp
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +25,22 @@ def health_app(title: str, readiness: Callable[[], Readiness], metrics: Callable
     """Whether it lives, whether it should be used, and what it counts."""
     app = FastAPI(title=title, docs_url=None, redoc_url=None, openapi_url=None)
 
-    @app.get("/healthz")
+    @app.get("/healthz", response_class=PlainTextResponse, summary="Whether the process lives")
     async def healthz() -> Response:
         return text("ok")
 
-    @app.get("/readyz")
+    @app.get(
+        "/readyz",
+        response_class=PlainTextResponse,
+        responses={503: {"description": "what is missing, a line each", "content": {"text/plain": {}}}},
+        summary="Whether it should be used",
+    )
     async def readyz() -> Response:
         now = readiness()
         lines = now.missing or ["; ".join(["ready", *now.notes])]
         return text("\n".join(lines), 503 if now.missing else 200)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, summary="What it counts, as Prometheus reads it")
     async def read_metrics() -> Response:
         return Response(metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -66,12 +73,19 @@ def _authorized(header: str, token: str | None) -> bool:
 class HttpServer(uvicorn.Server):
     """uvicorn on a loop that has signal handlers of its own."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         super().__init__(
             uvicorn.Config(
-                app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=1,
+                # Longer than clients keep theirs: who is asked on a connection that ends just then, fails.
+                timeout_keep_alive=75,
             )
         )
+        self.config.load()  # which imports, and would hold the loop up for 10 ms once it runs
 
     def install_signal_handlers(self) -> None:
         """None: stopping is the process's own."""

@@ -147,11 +147,14 @@ class RedisConfig:
 
 @dataclass(frozen=True, slots=True)
 class LimitsConfig:
-    """`[limits]`: what one client may hold."""
+    """`[limits]`: what one client may hold, and what is held for routers."""
 
     client_pinned_fraction: float = _knob(0.5, "of the arena, that one client may have pinned", live=True)
     client_reserved_fraction: float = _knob(0.5, "of the arena, that one client may have reserved", live=True)
     clients: int = _knob(4096, "connections at a time", live=True)
+    held_fraction: float = _knob(
+        0.25, "of the arena, that routers and operators may have pinned for a time; 0 for none", live=True
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +224,9 @@ class EventsConfig:
         "say at start that all is cleared, or routers go on believing the daemon before; false where they "
         "would take that for the engine's own blocks, and that is worse",
     )
+    topology: str = _knob(
+        "", 'where this node is, as "zone/rack": one that has measured nothing is taken for its neighbours'
+    )
     plain: bool = _knob(False, "let publish and replay be beyond loopback: who can connect may read them")
 
     @property
@@ -231,10 +237,10 @@ class EventsConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """`[[index.engines]]`: an engine whose own KV events the index follows."""
+    """`[[index.engines]]`: an engine whose KV events the index follows, or of which it is told the speed."""
 
     name: str = _knob("", "the engine's address, as routers know it")
-    events: str = _knob("", "ZeroMQ endpoint of its events, as tcp://10.0.0.5:5557")
+    events: str = _knob("", "ZeroMQ endpoint of its events, as tcp://10.0.0.5:5557; empty for none")
     replay: str = _knob("", "that of its replay socket; without one, what is missed is lost")
     topic: str = _knob("", "the topic that it publishes under")
     kind: str = _knob("vllm", "vllm or sglang")
@@ -251,6 +257,13 @@ class EngineConfig:
         1, "data-parallel ranks: each at the port plus its number, and by the name of ADDRESS#RANK"
     )
     nodes: tuple[str, ...] = _knob((), "names of daemons that it uses, beside those that name it")
+    prefill_tokens_s: float = _knob(0.0, "tokens a second that it computes of a short prompt; 0: as [index]")
+    prefill_pair_ns: float = _knob(
+        0.0, "nanoseconds for each pair of a prompt's tokens beside that, in attention; 0: as [index]"
+    )
+    kv_bytes_per_token: float = _knob(
+        0.0, "bytes of a token's keys and values in all layers; 0: as daemons measure its model"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +272,7 @@ class IndexConfig:
 
     embedded: bool = _knob(False, "run one beside this daemon, as a process of its own; it implies [events]")
     http: str = _knob("127.0.0.1:7405", "HOST:PORT of lookups, health and metrics, port 0 for any")
+    data: str = _knob("127.0.0.1:7406", "HOST:PORT of compact lookups, port 0 for any; empty for none")
     nodes: tuple[str, ...] = _knob(
         (),
         "feeds of daemons: HOST:PORT, dns://NAME:PORT for all addresses of a name, or the URL of a Redis "
@@ -267,6 +281,17 @@ class IndexConfig:
     key_file: str = _knob("", "file with the key of the feeds; else that of [events]")
     snapshot: str = _knob("", "file that holds what the index knows across restarts; empty for none")
     snapshot_s: float = _knob(60.0, "how often it is written")
+    router_tokens: str = _knob(
+        "", 'file with a line "NAME TOKEN" for each router, which may look up and report, and nothing else'
+    )
+    price: float = _knob(
+        0.3, "the part of what others will wait for a prompt's work that counts in where it goes; 0: none"
+    )
+    prefill_tokens_s: float = _knob(
+        10_000.0, "tokens a second that an engine computes of a short prompt; outcomes correct it"
+    )
+    prefill_pair_ns: float = _knob(3.4, "nanoseconds for each pair of a prompt's tokens beside that")
+    rate: float = _knob(0.0, "requests a second that each token may make; 0 for any")
     blocks_max: int = _knob(4_000_000, "blocks that one publisher may claim, 100 to 300 bytes each")
     engines: tuple[EngineConfig, ...] = _knob((), "engines that publish events: a table each")
 

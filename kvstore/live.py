@@ -6,7 +6,7 @@ Nothing is applied piece by piece: whoever has a setting is told what it is now,
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from kvstore import logs
@@ -92,10 +92,8 @@ class Live:
 
 
 def limits(config: Config) -> Limits:
-    """What clients may hold."""
-    return Limits(
-        config.limits.client_pinned_fraction, config.limits.client_reserved_fraction, config.limits.clients
-    )
+    """What may be held."""
+    return Limits(**asdict(config.limits))
 
 
 def quotas(config: Config) -> dict[Medium, Quotas]:

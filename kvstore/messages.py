@@ -3,36 +3,23 @@
 A minor version adds messages, or fields at the end of one.
 """
 
-from typing import Annotated, Final
+from typing import Annotated
 
 import msgspec
 
 from kvstore.block import Namespace
+from kvstore.message import KEYS_MAX as KEYS_MAX
+from kvstore.message import Keys as Keys
+from kvstore.message import Message as Message
+from kvstore.message import Slots as Slots
 from kvstore.statistics import NodeStatistics
-
-# Keys of one request; a prompt of 1M tokens is 4,096 blocks of 256. Reserving so many takes some 15 ms, for
-# which the event loop does nothing else.
-KEYS_MAX: Final = 4096
-
-
-class Message(msgspec.Struct, array_like=True):
-    """Base of all messages; they travel as arrays, the tag first."""
-
-
-class Keys(Message):
-    """Keys joined end to end. `widths` is the length of each: one number where all are equal."""
-
-    joined: bytes
-    widths: int | list[int]
-
-
-class Slots(Message):
-    """Where blocks lie: arena, offset and length, each one number where all are equal."""
-
-    arenas: int | list[int]
-    offsets: list[int]
-    lengths: int | list[int]
-
+from kvstore.upkeep_messages import Clear as Clear
+from kvstore.upkeep_messages import Drain as Drain
+from kvstore.upkeep_messages import Drained as Drained
+from kvstore.upkeep_messages import Held as Held
+from kvstore.upkeep_messages import Pin as Pin
+from kvstore.upkeep_messages import Prefetch as Prefetch
+from kvstore.upkeep_messages import Unpin as Unpin
 
 # Requests.
 
@@ -44,8 +31,8 @@ class Hello(Message, tag=1):
     minor: int
     nonce: bytes
     name: str = ""
-    resume: list[bytes] = []
-    held: list[int] = []
+    resume: list[bytes] = msgspec.field(default_factory=list)
+    held: list[int] = msgspec.field(default_factory=list)
 
 
 class Proof(Message, tag=2):
@@ -164,16 +151,6 @@ class ListNamespaces(Message, tag=18):
     after: bytes = b""
 
 
-class Drain(Message, tag=21):
-    """Take nothing new and write what is in the arena below; since 2.1. Answered when that is done, or late.
-
-    To `cancel` is to go on as before. Draining goes on when the client or its patience has gone.
-    """
-
-    wait_s: float = 0.0
-    cancel: bool = False
-
-
 class HandOver(Message, tag=22):
     """End, and hand the arena over to me, another daemon of the same user; since 2.1. Unix socket only.
 
@@ -258,7 +235,7 @@ class Found(Message, tag=107):
     """A byte for each item: here or not; and the lengths in bytes of those that are."""
 
     found: bytes
-    lengths: int | list[int] = []
+    lengths: int | list[int] = msgspec.field(default_factory=list)
 
 
 class Count(Message, tag=108):
@@ -295,23 +272,6 @@ class Verified(Message, tag=113):
     after: int
 
 
-class Drained(Message, tag=115):
-    """What remains: blocks of the arena that no tier below has, and open write leases.
-
-    `tiers` below the arena, where there are none nothing can be written. `owed_blocks` are what tiers that
-    work are still to get, `away` says which do not, and why. Once it is `over`, waiting changes nothing.
-    """
-
-    draining: bool
-    tiers: int
-    blocks: int
-    block_bytes: int
-    leases: int
-    owed_blocks: int = 0
-    away: list[str] = []
-    over: bool = False
-
-
 class NamespacePage(Message, tag=114):
     """Namespaces, with their blocks and bytes in the medium that has most; `after` is for the next page."""
 
@@ -342,6 +302,10 @@ Request = (
     | Verify
     | ListNamespaces
     | Drain
+    | Prefetch
+    | Pin
+    | Unpin
+    | Clear
     | HandOver
     | Goodbye
 )
@@ -361,5 +325,6 @@ Answer = (
     | Done
     | Verified
     | Drained
+    | Held
     | NamespacePage
 )

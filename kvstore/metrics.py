@@ -28,6 +28,8 @@ _NODE_GAUGES = {
     "connections": ("connections", "Clients connected"),
     "leases": ("leases", "Leases held by connected clients"),
     "draining": ("draining", "Whether the node takes nothing new and writes what it has below"),
+    "holds": ("holds", "Prefixes held for a time, for routers and operators"),
+    "held_bytes": ("held_bytes", "Bytes that holds pin"),
     "quarantined_leases": ("quarantined_leases", "Leases of lost connections whose processes still live"),
     "loop_late_max_s": ("loop_late_max_seconds", "Longest lateness of the event loop since start"),
     "loop_stall_max_s": (
@@ -52,6 +54,7 @@ _EVENTS_COUNTERS = {
     "removed_blocks": "Blocks told of as removed from a medium",
     "dropped": "Followers of the feed that were silent, or too slow",
     "refused": "Messages to the feed that were none",
+    "refused_holds": "Holds that indexes wanted in vain",
 }
 _TIER_GAUGES = {
     "capacity_bytes": "Bytes that a tier was made with; of a remote one, of what the node remembers of it",

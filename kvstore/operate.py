@@ -14,15 +14,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kvstore.block import Medium
-from kvstore.client import StoreClient
+from kvstore.block import Medium, Namespace
+from kvstore.client import Hold, StoreClient
 from kvstore.messages import Drained
-from kvstore.options import HERE, Address, AsJson, client, errors
+from kvstore.options import HERE, Address, AsJson, Model, Salt, client, errors, key_of
 from kvstore.screen import salts_table
 from kvstore.statistics import Latencies, TierState
 
 app = typer.Typer()
 
+Keys = Annotated[list[str], typer.Argument(help="a prefix: keys, head first")]
 # How often a drain says how far it is.
 _TELL_S = 2.0
 _SPACE = {"capacity_bytes", "ready_bytes", "used_bytes", "largest_free_bytes", "limit_bytes"}
@@ -108,6 +109,67 @@ def _remains(now: Drained) -> str:
         return "drained: everything is below"
     owed = f"{now.owed_blocks:,} are owed to tiers that work"
     return f"draining; {blocks} are in no tier below, {owed}, {now.leases} writers are not done"
+
+
+@app.command()
+def prefetch(
+    keys: Keys, model: Model, salt: Salt = "", address: Address = HERE, as_json: AsJson = False
+) -> None:
+    """Load a prefix into a daemon's arena, from wherever it is below. Exits with 1 when nothing is there."""
+    with client(address) as store:
+        hold = store.prefetch(Namespace(model=model, salt=salt), list(map(key_of, keys)))
+    _print_hold(hold, as_json=as_json)
+
+
+@app.command()
+def pin(
+    keys: Keys,
+    model: Model,
+    for_s: Annotated[float, typer.Option("--for", help="seconds, up to 3600")],
+    salt: Salt = "",
+    address: Address = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Load a prefix and hold it in a daemon's arena for a time. Exits with 1 when nothing is there."""
+    with client(address) as store:
+        hold = store.pin(Namespace(model=model, salt=salt), list(map(key_of, keys)), for_s)
+    _print_hold(hold, as_json=as_json)
+
+
+def _print_hold(hold: Hold, *, as_json: bool) -> None:
+    values = hold._asdict()
+    if as_json:
+        print(json.dumps(values))
+    else:
+        print("  ".join(f"{name} {value}" for name, value in values.items()))
+    if not (hold.pinned or hold.loading):
+        sys.exit(1)
+
+
+@app.command()
+def unpin(
+    hold: Annotated[int, typer.Argument(help="the id that pin has printed")], address: Address = HERE
+) -> None:
+    """End what pin has begun, before its time."""
+    with client(address) as store:
+        store.unpin(hold)
+
+
+@app.command()
+def clear(
+    model: Annotated[str | None, typer.Option(help="of this model")] = None,
+    salt: Annotated[str | None, typer.Option(help='of this salt; "" for blocks without one')] = None,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="seconds it may take")] = 60.0,
+    address: Address = HERE,
+) -> None:
+    """Remove all blocks of a model, of a salt, or of both, for good, in all tiers of a daemon.
+
+    Of a tier that nodes share goes what this daemon knows of there. It asks nothing.
+    """
+    if model is None and salt is None:
+        raise typer.BadParameter("give --model, --salt or both")
+    with client(address) as store:
+        print(f"{store.clear(model=model, salt=salt, timeout_s=timeout_s):,} blocks")
 
 
 @app.command()

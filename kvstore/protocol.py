@@ -21,7 +21,7 @@ from kvstore.messages import KEYS_MAX, Answer, Failure, Request
 
 # Another major version is refused. A minor version adds messages or fields at the end.
 MAJOR: Final = 2
-MINOR: Final = 1
+MINOR: Final = 2
 
 HEADER: Final = struct.Struct("<IIQ")
 # A body holds at most KEYS_MAX keys of 64 bytes, their lengths and their token ids.

@@ -28,7 +28,7 @@ class NamespaceUse(NamedTuple):
 
 
 class Questions:
-    """The asking half of `StoreClient`."""
+    """The asking part of `StoreClient`."""
 
     def __init__(self, keeper: Keeper) -> None:
         self._connected = keeper.connected

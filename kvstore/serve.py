@@ -73,7 +73,9 @@ class Daemon:
         self._store = Store(arena, _lowers(config, listeners), first_lease=first_lease, missing_s=missing_s)
         self._publishing: Publishing | None = None
         if config.events is not None:
-            self._publishing = Publishing(config.events, self._store, registry_prefix(config))
+            self._publishing = Publishing(
+                config.events, self._store, registry_prefix(config), lambda: self._server.token
+            )
             listeners.append(self._publishing.publisher)
         self._store.salts.set_quotas(quotas(config))
         self._stop = asyncio.Event()
@@ -110,7 +112,11 @@ class Daemon:
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
         app = node_app(
-            self.readiness, exposition(self._server.statistics), self._reload, lambda: self._server.token
+            self.readiness,
+            exposition(self._server.statistics),
+            self._reload,
+            lambda: self._server.token,
+            self._store,
         )
         http = HttpServer(app)
         http_socket = listen_http(self._config.http)

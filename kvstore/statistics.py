@@ -159,7 +159,7 @@ class EventsState:
     """What is told of blocks. `seq` is that of the last frame, of which the last `frames` are kept.
 
     `dropped` subscribers were silent or too slow, `refused` are messages of theirs that were none. `topics`
-    are those announced to others' routers.
+    are those announced to others' routers, `refused_holds` what indexes wanted held in vain.
     """
 
     seq: int
@@ -171,6 +171,7 @@ class EventsState:
     dropped: int
     refused: int
     topics: int = 0
+    refused_holds: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +180,8 @@ class NodeStatistics:
 
     `loop_late_max_s` is the longest time since start by which the event loop was late, for whatever reason,
     and `loop_stall_max_s` the longest in which it was late and busy itself: the difference is the system's.
-    `quarantined_leases` are those of lost connections whose processes may still touch their slots.
+    `quarantined_leases` are those of lost connections whose processes may still touch their slots. `holds`
+    are prefixes held for whoever maps nothing, as routers, with `held_bytes` pinned.
     """
 
     node: str
@@ -198,3 +200,5 @@ class NodeStatistics:
     salts: list[SaltState] = field(default_factory=list)
     draining: bool = False
     events: EventsState | None = None
+    holds: int = 0
+    held_bytes: int = 0

@@ -8,6 +8,8 @@ from kvstore.errors import ConfigError
 from kvstore.index.settings import validate_index
 from kvstore.knobs import Config, DramConfig, EventsConfig, NvmeConfig, RedisConfig, parse_endpoint
 
+_TOPOLOGY = re.compile(r"|(?=.{1,256}$)[^/\s]+(/[^/\s]+)?")
+
 
 def validate(config: Config) -> None:
     """Raise ConfigError for a value that is out of range, or does not go with another."""
@@ -25,6 +27,8 @@ def validate(config: Config) -> None:
         value = getattr(config.limits, name)
         if not 0 < value <= 1:
             raise ConfigError(f"limits.{name} is {value}; give more than 0 and at most 1")
+    if not 0 <= config.limits.held_fraction <= 1:
+        raise ConfigError(f"limits.held_fraction is {config.limits.held_fraction}; give 0 to 1")
     if config.limits.clients < 1:
         raise ConfigError(f"limits.clients is {config.limits.clients}; give 1 or more")
     if not re.fullmatch(r"0?[0-7]{3}", config.socket_mode):
@@ -41,6 +45,7 @@ def validate(config: Config) -> None:
         ("http", config.http),
         ("data", config.data),
         ("index.http", config.index.http),
+        ("index.data", config.index.data),
     ):
         if address and not _is_loopback(parse_endpoint(address, name)[0]) and config.token is None:
             raise ConfigError(
@@ -110,6 +115,10 @@ def _validate_events(events: EventsConfig) -> None:
             raise ConfigError(
                 f'events.engines: {engine!r}; give ADDRESS or ADDRESS@MODEL, as "10.0.0.1:8000"'
             )
+    if not _TOPOLOGY.fullmatch(events.topology):
+        raise ConfigError(
+            f'events.topology is {events.topology!r:.80}; give "zone/rack" or "zone", 256 characters at most'
+        )
     if len(set(events.engines)) != len(events.engines):
         raise ConfigError(f"events.engines names an engine twice: {', '.join(events.engines)}")
     if not _is_loopback(parse_endpoint(events.feed, "events.feed")[0]) and not events.key_file:

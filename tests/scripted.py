@@ -613,6 +613,7 @@ class Stage:
             if task is not asyncio.current_task():
                 task.cancel()
         await quiet()
+        self.store.holds.close()  # whose timers would go on
         self.close()
         for tier in self.tiers:
             tier.close()

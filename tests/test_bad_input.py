@@ -212,22 +212,22 @@ BAD_FRAMES = {
     ),
     "a_body_of_random_bytes": (
         HEADER.pack(64, 1, 0) + random.Random(1).randbytes(64),
-        "no request of protocol 2.1: ",
+        "no request of protocol 2.2: ",
     ),
-    "no_body": (HEADER.pack(0, 1, 0), "no request of protocol 2.1: "),
+    "no_body": (HEADER.pack(0, 1, 0), "no request of protocol 2.2: "),
     "an_unknown_tag": (
         HEADER.pack(2, 1, 0) + msgspec.msgpack.encode([99]),
-        "no request of protocol 2.1: Invalid value 99",
+        "no request of protocol 2.2: Invalid value 99",
     ),
-    "an_answer": (frame(1, protocol.Done()), "no request of protocol 2.1: Invalid value 112"),
-    "a_nest_of_arrays": (HEADER.pack(5000, 1, 0) + b"\x91" * 5000, "no request of protocol 2.1: "),
+    "an_answer": (frame(1, protocol.Done()), "no request of protocol 2.2: Invalid value 112"),
+    "a_nest_of_arrays": (HEADER.pack(5000, 1, 0) + b"\x91" * 5000, "no request of protocol 2.2: "),
     "a_field_of_the_wrong_type": (
         (lambda body: HEADER.pack(len(body), 1, 0) + body)(msgspec.msgpack.encode([7, "lease"])),
-        "no request of protocol 2.1: Expected `int`, got `str`",
+        "no request of protocol 2.2: Expected `int`, got `str`",
     ),
     "a_field_too_few": (
         HEADER.pack(2, 1, 0) + msgspec.msgpack.encode([7]),
-        "no request of protocol 2.1: Expected `array` of at least length 2",
+        "no request of protocol 2.2: Expected `array` of at least length 2",
     ),
     "a_second_hello": (frame(1, protocol.Hello(1, 0, b"n")), "Hello after the connection was welcomed"),
     "a_proof_nobody_asked_for": (frame(1, protocol.Proof(b"p")), "Proof after the connection was welcomed"),
@@ -243,7 +243,7 @@ BAD_FRAMES = {
         (lambda body: HEADER.pack(len(body), 1, 0) + body)(
             msgspec.msgpack.encode([4, [b"i"], [{"model": ""}]])
         ),
-        "no request of protocol 2.1: namespace model is empty",
+        "no request of protocol 2.2: namespace model is empty",
     ),
 }
 
@@ -304,7 +304,7 @@ def test_before_hello_nothing_else_is_heard(node: Node) -> None:
 def test_another_major_version_is_refused_and_another_minor_one_is_not(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    message = r"protocol 3\.[01] asked for; this daemon speaks 2\.1: use a client of the daemon's version"
+    message = r"protocol 3\.[02] asked for; this daemon speaks 2\.2: use a client of the daemon's version"
     with RawConnection(node.socket, greet=False) as raw:
         raw.send(frame(1, protocol.Hello(3, 0, b"n")))
         with pytest.raises(ProtocolError, match=message):

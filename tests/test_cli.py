@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.block import Namespace
 from kvstore.client import StoreClient
 from tests.node import Node
 
@@ -81,6 +82,35 @@ def test_a_block_is_put_looked_up_and_got(node: Node, tmp_path: Path) -> None:
     assert Command("get", "first", *here, "--salt", "s").failure == "kvstore: no block first of m"
     with node.client() as store:
         assert store.check() == []
+
+
+def test_a_prefix_is_prefetched_held_and_let_go(node: Node) -> None:
+    here = ["--model", "held", *on(node)]
+    with node.client() as store:
+        store.put(Namespace(model="held"), b"a", b"bytes")
+    assert Command("prefetch", "a", "b", *here).text == "id 0  pinned 1  loading 0  missing 1\n"
+    held = json.loads(Command("pin", "a", "b", "--for", "60", *here, "--json").text)
+    assert {**held, "id": 0} == {"id": 0, "pinned": 1, "loading": 0, "missing": 1}
+    with node.client() as store:
+        assert store.statistics().holds == 1
+        assert Command("unpin", str(held["id"]), *on(node)).text == ""
+        assert store.statistics().holds == 0
+    assert f"hold {held['id']} is over" in Command("unpin", str(held["id"]), *on(node)).failure
+    nothing = Command("prefetch", "b", *here)
+    assert (nothing.status, nothing.output) == (1, b"id 0  pinned 0  loading 0  missing 1\n")
+    assert "ttl_s is 7200.0; give 0 to 3600 seconds" in Command("pin", "a", "--for", "7200", *here).failure
+
+
+def test_a_model_or_a_salt_is_cleared_also_over_tcp(node: Node) -> None:
+    there = {"KVSTORE_TOKEN": TOKEN}
+    over_tcp = ["--address", f"tcp://{node.endpoint('data')}"]
+    with node.client() as store:
+        for salt in ("", "s", "t"):
+            store.put(Namespace(model="cleared", salt=salt), b"k", b"bytes")
+    assert Command("clear", "--model", "cleared", "--salt", "", *on(node)).text == "1 blocks\n"
+    assert Command("clear", "--salt", "s", *over_tcp, environ=there).text == "1 blocks\n"
+    assert Command("clear", "--model", "cleared", *on(node)).text == "1 blocks\n"
+    assert "Usage:" in Command("clear", *on(node)).error
 
 
 def test_stats_are_for_people_or_for_programs(node: Node) -> None:

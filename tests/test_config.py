@@ -248,6 +248,7 @@ def test_a_setting_of_the_disk_out_of_range_is_an_error_that_names_it_and_the_li
             "events.replay is node:7403, which is beyond loopback, and whoever can connect",
         ),
         ({"ports": "some"}, "events.ports is 'some'; give shared or each"),
+        ({"topology": "eu/r7/u3"}, 'events.topology is \'eu/r7/u3\'; give "zone/rack" or "zone"'),
         ({"format": "json"}, "events.format is 'json'; give maps or arrays"),
         ({"engines": [""]}, "events.engines: ''; give ADDRESS or ADDRESS@MODEL"),
         ({"engines": ["@m"]}, "events.engines: '@m'; give ADDRESS or ADDRESS@MODEL"),

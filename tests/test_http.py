@@ -1,5 +1,6 @@
 """Health, metrics, and the daemon's start and end as an operator sees them."""
 
+import json
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -106,7 +108,7 @@ def test_a_node_without_enough_memory_yet_is_not_ready(tmp_path: Path) -> None:
 
 
 def test_nothing_else_is_served(node: Node) -> None:
-    for path in ("/", "/docs", "/openapi.json", "/metrics/../etc/passwd", "/statistics"):
+    for path in ("/", "/docs", "/metrics/../etc/passwd", "/statistics"):
         assert get(node, path)[0] == 404
 
 
@@ -180,6 +182,127 @@ def test_garbage_on_the_http_port_harms_nobody(node: Node) -> None:
             sock.sendall(data)
     assert get(node, "/healthz") == (200, "ok\n")
     assert "Traceback" not in node.log
+
+
+TOKEN = "token-of-the-http-side"
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Node]:
+    """A daemon that wants a token."""
+    with Node("16MiB", environ={"KVSTORE_TOKEN": TOKEN}) as node:
+        yield node
+        node.check()
+        assert "Traceback" not in node.log, node.log
+
+
+def post(node: Node, path: str, body: object, token: str | None = TOKEN) -> tuple[int, str]:
+    """Status and body; what is no bytes is sent as JSON."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(f"http://{node.endpoint('http')}{path}", data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=20) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def test_a_prefix_is_held_and_let_go_over_http(guarded: Node, namespace: Namespace) -> None:
+    prefix = {
+        "model": namespace.model,
+        "salt": "tenant",
+        "namespace": {"block_tokens": 16, "scheme": "tokens"},
+        "keys": [b"a".hex(), b"b".hex(), b"c".hex()],
+    }
+    tenant = Namespace(model=namespace.model, salt="tenant", block_tokens=16, scheme="tokens")
+    with guarded.client() as store:
+        store.put(tenant, b"a", bytes(5000))
+        store.put(tenant, b"b", bytes(5000))
+        status, text = post(guarded, "/v1/pin", {**prefix, "ttl_s": 60})
+        held = json.loads(text)
+        assert (status, held) == (200, {"id": held["id"], "pinned": 2, "loading": 0, "missing": 1})
+        assert store.statistics().held_bytes == 10_000
+        assert post(guarded, "/v1/unpin", {"id": held["id"]}) == (
+            200,
+            json.dumps({"id": held["id"]}, separators=(",", ":")),
+        )
+        assert store.statistics().holds == 0
+        assert post(guarded, "/v1/unpin", {"id": held["id"]}) == (410, f"hold {held['id']} is over\n")
+        status, text = post(guarded, "/v1/prefetch", prefix)
+        assert (status, json.loads(text)) == (200, {"id": None, "pinned": 2, "loading": 0, "missing": 1})
+
+
+def test_blocks_are_cleared_over_http(guarded: Node) -> None:
+    spaces = [Namespace(model="clear", salt=salt, group=group) for salt in "st" for group in "01"]
+    with guarded.client() as store:
+        for space in spaces:
+            store.put(space, b"k", b"bytes")
+        exactly = {"model": "clear", "salt": "s", "namespace": {"group": "1"}}
+        assert post(guarded, "/v1/clear", exactly) == (200, '{"blocks":1}')
+        assert post(guarded, "/v1/clear", {"model": "clear", "salt": "t"}) == (200, '{"blocks":2}')
+        assert [use.namespace for use in store.namespaces() if use.namespace.model == "clear"] == spaces[:1]
+        assert post(guarded, "/v1/clear", {"salt": "s"}) == (200, '{"blocks":1}')
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("pin", b"{", 400, "no JSON"),
+        ("unpin", b'{"id": "\xff"}', 400, "no JSON"),
+        ("pin", {"model": "m", "keys": ["00"]}, 422, "`ttl_s`"),
+        ("pin", {"model": "m", "keys": ["00"], "ttl_s": -1}, 422, "ttl_s is -1.0; give 0 to 3600 seconds"),
+        ("pin", {"model": "m", "keys": ["00"], "ttl_s": 1e9}, 422, "give 0 to 3600 seconds"),
+        ("pin", {"model": "m", "keys": ["00"], "ttl_s": "1"}, 422, "`ttl_s`|`$.ttl_s`"),
+        ("pin", {"model": "m", "keys": ["0"], "ttl_s": 1}, 422, "key '0' is no hex; give 2 to 128 digits"),
+        ("pin", {"model": "m", "keys": ["", "00"], "ttl_s": 1}, 422, "key of 0 bytes; give 1 to 64 bytes"),
+        ("pin", {"model": "m", "keys": ["00" * 65], "ttl_s": 1}, 422, "key of 65 bytes"),
+        ("pin", {"model": "m", "keys": ["00", "00"], "ttl_s": 1}, 422, "key 00 occurs twice in 2 keys"),
+        ("prefetch", {"model": "m", "keys": []}, 422, "0 keys to hold; give 1 to 4096"),
+        ("prefetch", {"model": "m", "keys": [f"{n:04x}" for n in range(4097)]}, 422, "4097 keys to hold"),
+        ("prefetch", {"model": "", "keys": ["00"]}, 422, "namespace model is empty"),
+        ("prefetch", {"model": "m", "keys": ["00"], "ttl_s": 1}, 422, "unknown field `ttl_s`"),
+        ("prefetch", {"model": "m", "keys": ["00"], "namespace": {"salt": "s"}}, 422, "unknown field `salt`"),
+        ("prefetch", b" " * (1 << 20) + b"{}", 413, "the limit is 1048576 bytes"),
+        ("unpin", {"id": "1"}, 410, "hold 1 is over"),
+        ("unpin", {"id": str(1 << 62)}, 404, "there never was a hold 4611686018427387904"),
+        ("unpin", {"id": "x"}, 422, "id 'x' is none"),
+        ("unpin", {"id": 7}, 422, "Expected `str`"),
+        ("clear", {}, 422, "nothing to clear; give a namespace, or a model, a salt or both"),
+        ("clear", {"namespace": {}}, 422, "namespace model is empty"),
+    ],
+)
+def test_a_bad_request_is_one_sentence(
+    guarded: Node, path: str, body: object, status: int, message: str
+) -> None:
+    with guarded.client() as store:  # or no hold has been there yet
+        store.put(Namespace(model="bad"), b"k", b"bytes")
+        store.unpin(store.pin(Namespace(model="bad"), [b"k"], 1.0).id)
+    answered, text = post(guarded, f"/v1/{path}", body)
+    assert answered == status, text
+    assert any(words in text for words in message.split("|")), text
+    assert text.endswith("\n")
+    assert text.count("\n") == 1
+
+
+def test_without_the_token_nothing_is_done(guarded: Node) -> None:
+    for path in ("pin", "unpin", "prefetch", "clear", "reload"):
+        for token in (None, "wrong", TOKEN[:-1]):
+            status, text = post(guarded, f"/v1/{path}", {"salt": ""}, token)
+            assert (status, text) == (401, "give the token as Authorization: Bearer\n"), path
+    assert get(guarded, "/openapi.json")[0] == 401
+
+
+def test_the_document_describes_what_wants_the_token(guarded: Node) -> None:
+    url = f"http://{guarded.endpoint('http')}/openapi.json"
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN}"})
+    with urllib.request.urlopen(request, timeout=10) as response:
+        document = json.load(response)
+    for path in ("/v1/prefetch", "/v1/pin", "/v1/unpin", "/v1/clear", "/v1/reload"):
+        assert document["paths"][path]["post"]["security"] == [{"token": []}], path
+    assert {"404", "410", "422"} <= document["paths"]["/v1/unpin"]["post"]["responses"].keys()
+    assert "security" not in document["paths"]["/healthz"]["get"]
 
 
 def wait_in_vain(store: StoreClient, namespace: Namespace) -> None:

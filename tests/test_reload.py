@@ -80,6 +80,7 @@ ARRIVALS: dict[str, tuple[Any, Callable[[Stage, Server], Any], Any]] = {
     "limits.client_pinned_fraction": (0.25, lambda _, server: server.limits.client_pinned_fraction, 0.25),
     "limits.client_reserved_fraction": (0.25, lambda _, server: server.limits.client_reserved_fraction, 0.25),
     "limits.clients": (7, lambda _, server: server.limits.clients, 7),
+    "limits.held_fraction": (0.5, lambda stage, _: stage.store.holds.fraction, 0.5),
     "quotas.dram": ("1MiB", lambda stage, _: stage.shelves[0].account.quota_bytes, MIB),
     "quotas.nvme": ("1MiB", lambda stage, _: stage.shelves[1].account.quota_bytes, MIB),
     "quotas.dram_salts": ((":1MiB",), lambda stage, _: stage.shelves[0].account.quota_bytes, MIB),
@@ -399,6 +400,7 @@ def test_http_wants_the_token_and_says_what_changed(node: Node, folder: Path) ->
         ("lo_level = 1\n", "unknown configuration key lo_level"),
         ("[dram\n", "Expected ']'"),
         ("[limits]\nclients = 0\n", "limits.clients is 0; give 1 or more"),
+        ("[limits]\nheld_fraction = 2.0\n", "limits.held_fraction is 2.0; give 0 to 1"),
     ],
 )
 def test_a_wrong_file_changes_nothing_and_says_why(node: Node, folder: Path, more: str, message: str) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from math import inf
@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvstore.block import Medium, Namespace
-from kvstore.errors import TierError
+from kvstore.errors import InvalidRequest, TierError
 from kvstore.node import patience
 from kvstore.node.accounts import Quotas
 from kvstore.node.blocks import Block
+from kvstore.node.clear import Scope, clear
 from kvstore.node.lease import Grant, Holder, ReadLease, WriteLease
 from kvstore.node.rules import Rules
 from kvstore.node.verification import Verification
@@ -123,6 +124,7 @@ class States(RuleBasedStateMachine):
         self.gone: list[Holder] = []
         self.verifying: list[asyncio.Task[Any]] = []
         self.quotas: dict[Medium, Quotas] = {}
+        self.held: dict[tuple[int, Block], tuple[Slot, bytes]] = {}
         self.stage: Stage | None = None
 
     @property
@@ -364,6 +366,20 @@ class States(RuleBasedStateMachine):
         self.reads.remove(read)
         self.do(lambda: self.on.store.readers.release(read.holder, read.lease.id))
 
+    # Holds.
+
+    @rule(span=SPANS, ttl_s=st.sampled_from([0.0, 2.0, 50.0]))
+    def hold_prefix(self, span: tuple[int, int, int], ttl_s: float) -> None:
+        keys = [key for _, key in names_of(span)]
+        with suppress(InvalidRequest):  # together they would be too much
+            self.do(lambda: self.on.store.holds.hold(NAMESPACES[span[0]], keys, ttl_s))
+
+    @precondition(lambda self: self.stage is not None and self.stage.store.holds.holder.reads)
+    @rule(data=st.data())
+    def end_hold(self, data: st.DataObject) -> None:
+        hold_id = data.draw(st.sampled_from([*self.on.store.holds.holder.reads]))
+        assert self.do(lambda: self.on.store.holds.end(hold_id))
+
     # Removal, and clients that go.
 
     @rule(
@@ -391,6 +407,24 @@ class States(RuleBasedStateMachine):
             else:
                 lasting.close()  # type: ignore[attr-defined]
             self.removals.append(removal)
+
+    @precondition(lambda self: self.stage is not None and all(low.recovered for low in self.stage.lowers))
+    @rule(salt=st.sampled_from(["a", "b", None]), chance=CHANCE)
+    def clear(self, salt: str | None, chance: int) -> None:
+        if chance:
+            return
+        scope = Scope(model="states", salt=salt)
+        names = [(n, key) for n in (0, 1) if scope.has(NAMESPACES[n]) for key in KEYS]
+        removal = Removal(None, {name: set(self.readable[name]) for name in names})
+        for name in names:
+            self.readable[name].clear()
+            self.version[name] = next(self.versions)
+
+        def begin() -> None:
+            removal.task = self.loop.create_task(awaited(clear(self.on.store, scope, 100.0)))
+            self.removals.append(removal)
+
+        self.do(begin)
 
     @rule(who=st.integers(0, 2), chance=CHANCE)
     def disconnect(self, who: int, chance: int) -> None:
@@ -534,7 +568,7 @@ class States(RuleBasedStateMachine):
         for disk in following.disks:
             disk.failures = failures
         self.reads, self.writes, self.waiting, self.gone, self.removals = [], [], [], [], []
-        self.verifying = []
+        self.verifying, self.held = [], {}
         self.open(following)
         for name, identity in before:
             lower = next(lower for lower in self.on.lowers if lower.name == name)
@@ -554,6 +588,19 @@ class States(RuleBasedStateMachine):
             for block, slot, seen in read.blocks:
                 assert block.slot is slot
                 assert bytes(self.on.memory.view(slot)[: len(seen)]) == seen
+
+    @invariant()
+    def held_blocks_stay_as_they_were(self) -> None:
+        if self.stage is None:
+            return
+        leases = self.stage.store.holds.holder.reads.values()
+        held = {}
+        for lease_id, block in [(lease.id, block) for lease in leases for block in lease.blocks]:
+            now = block.slot, bytes(self.on.memory.view(block.slot)[: block.length])
+            held[lease_id, block] = now
+            assert self.held.get((lease_id, block), now) == now
+        self.held = held
+        assert self.stage.store.holds.holder.pinned_bytes <= 2 * MIB / 4
 
     @invariant()
     def nothing_else_can_be_read(self) -> None:
@@ -601,6 +648,7 @@ class States(RuleBasedStateMachine):
         def end() -> None:
             for tier in on.tiers:
                 tier.release()
+            on.store.holds.close()
             for holder in on.holders:
                 on.store.end(holder)
             self.reads, self.writes = [], []

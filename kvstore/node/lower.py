@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from kvstore.block import Medium
 from kvstore.errors import TierError
+from kvstore.fitting import LineFit
 from kvstore.node.accounts import Account
 from kvstore.node.arena import Listener
 from kvstore.node.blocks import Block, Shelf, State
@@ -66,6 +67,7 @@ class Lower:
         # What readers are loading, or waiting to; how fast that goes.
         self.loading_bytes = 0
         self.pace = Pace(_GUESSES[tier.medium])
+        self.line = LineFit()  # seconds until what was asked for at once was here, against its bytes
         self.recovered = False
         self._starting: asyncio.Future[None] | None = None
         # What was removed and the tier is still to be told of: (namespace id, key).

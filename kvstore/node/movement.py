@@ -210,24 +210,27 @@ class Movements:
                     self.demoter.remove(lower, writing)
         return found
 
-    async def make_lasting(self, shelves: Shelves, keys: Sequence[bytes]) -> None:
-        """Return once no restart brings these removed blocks back.
+    async def make_lasting(self, names: Sequence[tuple[bytes, bytes]]) -> None:
+        """Return once no restart brings back these removed blocks (namespace id, key).
 
         Raises:
             TierError: a tier cannot promise that now; it will be made good once it is back.
         """
-        names = [(shelves[0].namespace.id, key) for key in keys]
-        buried = await asyncio.gather(*[lower.bury(names) for lower in self.lowers])
-        failing = [
-            f"tier {lower.name} {'fails' if lower.enabled else 'is turned off'}"
-            for lower, done in zip(self.lowers, buried, strict=True)
-            if not done
-        ]
+        failing = await self.bury(names)
         if failing:
             raise TierError(
                 f"{len(names)} keys are hidden, but {', '.join(failing)}: until it is back, a restart "
                 "of the daemon may bring them back; remove them again once it is"
             )
+
+    async def bury(self, names: Sequence[tuple[bytes, bytes]]) -> list[str]:
+        """As `make_lasting`, but say which tiers cannot promise it, and why: a clause for each."""
+        buried = await asyncio.gather(*[lower.bury(names) for lower in self.lowers])
+        return [
+            f"tier {lower.name} {'fails' if lower.enabled else 'is turned off'}"
+            for lower, done in zip(self.lowers, buried, strict=True)
+            if not done
+        ]
 
     # Helpers.
 

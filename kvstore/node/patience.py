@@ -3,17 +3,20 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from kvstore.node.accounts import Together
 from kvstore.node.arena import ROOM
 from kvstore.node.blocks import Block
 from kvstore.node.lease import Grant, Holder, ReadLease
 from kvstore.node.promote import Shelves
-from kvstore.node.store import Store
+
+if TYPE_CHECKING:
+    from kvstore.node.store import Store
 
 
 async def reserve(
-    store: Store, holder: Holder, attempt: Callable[[], Grant], nbytes: int, wait_s: float
+    store: "Store", holder: Holder, attempt: Callable[[], Grant], nbytes: int, wait_s: float
 ) -> Grant:
     """Reserve by `attempt`, `nbytes` in all; wait up to `wait_s` for room. While it waits it holds nothing.
 
@@ -32,31 +35,19 @@ async def reserve(
 
 
 async def acquire(
-    store: Store, holder: Holder, shelves: Shelves, keys: Sequence[bytes], wait_s: float
+    store: "Store", holder: Holder, shelves: Shelves, keys: Sequence[bytes], wait_s: float
 ) -> ReadLease:
     """Like `Readers.acquire`, but wait up to `wait_s` for keys that are below, or being written now.
 
     What is ready is pinned at once; for what is not here shared tiers are asked once. Ends early at a key
     that nobody has announced. Cancelling releases what was pinned; what is being loaded arrives all the same.
     """
-    deadline = time.monotonic() + wait_s
     readers = store.readers
     lease = readers.acquire_nothing(keys)
     readers.extend(holder, shelves[0], lease, keys)
     readers.looked(len(lease.blocks), len(keys))
     try:
-        if len(lease.blocks) < len(keys) and not lease.limited:
-            missing = keys[len(lease.blocks) :]
-            _prefix_under_way(store, holder, lease, shelves, missing)  # meanwhile
-            await store.movements.find_prefix(shelves, missing, wait_s)
-            readers.extend(holder, shelves[0], lease, keys)
-        while len(lease.blocks) < len(keys) and not lease.limited:
-            remaining = deadline - time.monotonic()
-            subject = _prefix_under_way(store, holder, lease, shelves, keys[len(lease.blocks) :])
-            if subject is None or remaining <= 0:
-                break
-            await store.waiting.wait(subject, remaining)
-            readers.extend(holder, shelves[0], lease, keys)
+        await extend(store, holder, lease, shelves, keys, wait_s)
     except asyncio.CancelledError:
         if lease.id in holder.reads:
             readers.release(holder, lease.id)
@@ -68,8 +59,31 @@ async def acquire(
     return lease
 
 
+async def extend(
+    store: "Store", holder: Holder, lease: ReadLease, shelves: Shelves, keys: Sequence[bytes], wait_s: float
+) -> None:
+    """Pin more of the keys as they come, for up to `wait_s`; shared tiers are asked once.
+
+    Cancelling leaves the lease with what it has by then.
+    """
+    if len(lease.blocks) == len(keys) or lease.limited:
+        return
+    deadline = time.monotonic() + wait_s
+    missing = keys[len(lease.blocks) :]
+    _prefix_under_way(store, holder, lease, shelves, missing)  # meanwhile
+    await store.movements.find_prefix(shelves, missing, wait_s)
+    store.readers.extend(holder, shelves[0], lease, keys)
+    while len(lease.blocks) < len(keys) and not lease.limited:
+        remaining = deadline - time.monotonic()
+        subject = _prefix_under_way(store, holder, lease, shelves, keys[len(lease.blocks) :])
+        if subject is None or remaining <= 0:
+            break
+        await store.waiting.wait(subject, remaining)
+        store.readers.extend(holder, shelves[0], lease, keys)
+
+
 async def acquire_each(
-    store: Store, holder: Holder, items: Sequence[tuple[Shelves, bytes]], wait_s: float
+    store: "Store", holder: Holder, items: Sequence[tuple[Shelves, bytes]], wait_s: float
 ) -> tuple[ReadLease, bytes]:
     """Like `Readers.acquire_each`, but wait up to `wait_s` for what is below, or being written now.
 
@@ -101,7 +115,7 @@ async def acquire_each(
 
 
 def _prefix_under_way(
-    store: Store, holder: Holder, lease: ReadLease, shelves: Shelves, keys: Sequence[bytes]
+    store: "Store", holder: Holder, lease: ReadLease, shelves: Shelves, keys: Sequence[bytes]
 ) -> Block | str | None:
     """Begin to load what can be had of these leading keys; what to wait for until the first may be here."""
     arena = shelves[0]
@@ -116,7 +130,7 @@ def _prefix_under_way(
 
 
 def _under_way(
-    store: Store, holder: Holder, lease: ReadLease, items: Sequence[tuple[Shelves, bytes]]
+    store: "Store", holder: Holder, lease: ReadLease, items: Sequence[tuple[Shelves, bytes]]
 ) -> Block | str | None:
     """Begin to load what is below; what to wait for until more may be here. None when there is nothing."""
     store.movements.promoter.load(items, holder.pinned_bytes_max - holder.pinned_bytes, lease.blocks)
@@ -131,7 +145,7 @@ def _under_way(
     return None
 
 
-def _beyond_limit(store: Store, holder: Holder, together: Together, shelves: Shelves, key: bytes) -> bool:
+def _beyond_limit(store: "Store", holder: Holder, together: Together, shelves: Shelves, key: bytes) -> bool:
     """Whether the block is below, and longer than what this client may still pin, or its salt still have."""
     found = store.movements.promoter.source(shelves, key)
     if found is None:

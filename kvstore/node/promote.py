@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from kvstore.fitting import LineFit
 from kvstore.node.accounts import Account, Together
 from kvstore.node.arena import ROOM, Arena
 from kvstore.node.blocks import Block, Shelf, State
@@ -23,6 +24,28 @@ Shelves = tuple[Shelf, ...]
 _CALL_BYTES: Final = 1 << 20
 # Of the arena, being loaded at a time by all clients together.
 _LOADING_FRACTION: Final = 0.25
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What was asked of a tier at once, and how many of its calls are still to end.
+
+    It is what a reader waits for, others' calls before it included. Of four readers at once a line through
+    such points foretells 0.5 to 1.4 of what each sees; one through calls 0.3 to 1.7, and one through all
+    bytes that had been asked for by then 0.2 to 0.5.
+    """
+
+    nbytes: int
+    began_s: float
+    calls: int = 0
+    well: bool = True
+
+    def call_ended(self, line: LineFit, *, well: bool) -> None:
+        """The last one of those that all went well gives a point."""
+        self.calls -= 1
+        self.well &= well
+        if self.well and not self.calls:
+            line.observe(self.nbytes, time.monotonic() - self.began_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +74,7 @@ class Promoter:
         self._lowers = tuple(lowers)
         self._promoted = promoted
         self._wanted = wanted
-        self._queues: dict[Lower, deque[list[_Load]]] = {lower: deque() for lower in lowers}
+        self._queues: dict[Lower, deque[tuple[list[_Load], _Batch]]] = {lower: deque() for lower in lowers}
         # Of each tier, so that one which hangs keeps no other from loading.
         loading_bytes = arena.tier.capacity_bytes * _LOADING_FRACTION
         self._loading_bytes_max = int(loading_bytes / max(1, len(lowers)))
@@ -104,10 +127,10 @@ class Promoter:
         """Begin as many calls as there may be."""
         queue = self._queues[lower]
         while queue and lower.may_read():
-            loads = queue.popleft()
+            loads, batch = queue.popleft()
             lower.queued_reads -= 1
             lower.reading += 1
-            task = asyncio.get_running_loop().create_task(self._run(lower, loads))
+            task = asyncio.get_running_loop().create_task(self._run(lower, loads, batch))
             self.loading.add(task)
             task.add_done_callback(self.loading.discard)
 
@@ -115,7 +138,7 @@ class Promoter:
         """The tier fails: what has not begun will not, and those who wait for it are told."""
         queue = self._queues[lower]
         while queue:
-            loads = queue.popleft()
+            loads, _ = queue.popleft()
             lower.queued_reads -= 1
             self._end(lower, loads, well=False)
 
@@ -174,19 +197,22 @@ class Promoter:
         return _Load(block, block.generation, source, transfer)
 
     def _enqueue(self, lower: Lower, loads: list[_Load]) -> None:
-        share = max(1, sum([load.source.length for load in loads]) // lower.rules.jobs)
+        nbytes = sum([load.source.length for load in loads])
+        share = max(1, nbytes // lower.rules.jobs)
         call: list[_Load] = []
         call_bytes = 0
+        batch = _Batch(nbytes, time.monotonic())
         for load in loads:
             call.append(load)
             call_bytes += load.source.length
             if call_bytes >= min(share, _CALL_BYTES) or load is loads[-1]:
                 lower.calls += 1
                 lower.queued_reads += 1
-                self._queues[lower].append(call)
+                batch.calls += 1
+                self._queues[lower].append((call, batch))
                 call, call_bytes = [], 0
 
-    async def _run(self, lower: Lower, loads: list[_Load]) -> None:
+    async def _run(self, lower: Lower, loads: list[_Load], batch: _Batch) -> None:
         def late() -> None:
             for load in loads:
                 if load.block.state is State.LOADING:
@@ -198,6 +224,7 @@ class Promoter:
         well = await lower.attempt(operation, lower.reads, late, nbytes=read_bytes)
         if well:
             lower.pace.observe(read_bytes, time.monotonic() - started, lower.reading)
+        batch.call_ended(lower.line, well=well)
         lower.reading -= 1
         self._end(lower, loads, well=well)
         lower.call_ended()

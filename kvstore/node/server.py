@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 from kvstore.errors import ConfigError, InvalidRequest, ProtocolError, Unauthorized
 from kvstore.node.connection import Connection
 from kvstore.node.handover import Heir, same_user
+from kvstore.node.holds import HELD_FRACTION
 from kvstore.node.lease import Holder
 from kvstore.node.quarantine import Quarantine, peer_pidfd
 from kvstore.node.session import Session
@@ -35,11 +36,12 @@ _CLOSE_S: Final = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one client may hold, as fractions of the arena, and how many clients there may be."""
+    """What one client may hold and what all holds may, as fractions of the arena, and how many clients."""
 
     client_pinned_fraction: float = 0.5
     client_reserved_fraction: float = 0.5
     clients: int = 4096
+    held_fraction: float = HELD_FRACTION
 
 
 class Events(Protocol):
@@ -73,6 +75,7 @@ class Server:
         self.token = token
         self._arenas = tuple(arenas)
         self.limits = limits or Limits()
+        store.holds.fraction = self.limits.held_fraction
         self.quarantine = Quarantine(store)
         self.heir: Heir | None = None
         self.events: Events | None = None
@@ -122,6 +125,7 @@ class Server:
     def set_limits(self, limits: Limits) -> None:
         """Have these limits from now on, for clients that are connected too; nothing is taken from them."""
         self.limits = limits
+        self.store.holds.fraction = limits.held_fraction
         for session in self._sessions:
             session.holder.pinned_bytes_max, session.holder.reserved_bytes_max = self._allowed()
 
@@ -130,7 +134,7 @@ class Server:
         self._tick = asyncio.get_running_loop().call_later(_TICK_S, self._watch, time.monotonic() + _TICK_S)
 
     async def hang_up(self) -> bool:
-        """Accept no more and end all connections. Whether they have ended."""
+        """Accept no more, and end all connections and holds. Whether the connections have ended."""
         if self._socket_path is not None:
             self._socket_path.unlink(missing_ok=True)
         if self._tick is not None:
@@ -138,6 +142,7 @@ class Server:
         for server in self._servers:
             server.close()
         self._hanging_up = True
+        self.store.holds.close()
         for connection, _ in list(self._sessions.values()):
             connection.abort()
         until = time.monotonic() + _CLOSE_S
@@ -190,6 +195,7 @@ class Server:
     def statistics(self) -> NodeStatistics:
         connections = [connection for connection, _ in self._sessions.values()]
         quarantined = self.quarantine.holders()
+        held = self.store.holds.statistics()
         return NodeStatistics(
             node=self.node,
             epoch=self.epoch,
@@ -207,6 +213,8 @@ class Server:
             salts=self.store.salts.statistics(),
             draining=self.store.drain.under_way,
             events=None if self.events is None else self.events.statistics(),
+            holds=held.holds,
+            held_bytes=held.pinned_bytes,
         )
 
     def open_writes(self) -> int:

@@ -13,15 +13,16 @@ from typing import Any, Final
 
 from kvstore import packing, protocol
 from kvstore.errors import InvalidRequest, KVStoreError, LeaseError, ProtocolError, Unauthorized
+from kvstore.greeting import Greeting
 from kvstore.node import patience
 from kvstore.node.connection import Connection, discarding
-from kvstore.node.greeting import Greeting
 from kvstore.node.handles import Handles
 from kvstore.node.handover import FORMAT
 from kvstore.node.host import Host
 from kvstore.node.lease import Grant, Holder, ReadLease
 from kvstore.node.promote import Shelves
 from kvstore.node.questions import Questions, Verb
+from kvstore.node.upkeep import Upkeep
 from kvstore.protocol import BODY_BYTES_MAX, HELLO_BYTES_MAX, frame
 from tiers.base import Slot
 
@@ -50,6 +51,7 @@ class Session:
         self._tasks: set[asyncio.Task[None]] = set()
         self._committing: tuple[int, protocol.Commit, KVStoreError | None] | None = None
         questions = Questions(host, self._handles, self._answer_later)
+        upkeep = Upkeep(host, self._handles, self._answer_later)
         self._verbs: dict[type, Verb] = {
             protocol.OpenNamespaces: self._open_namespaces,
             protocol.OpenArena: self._open_arena,
@@ -61,10 +63,10 @@ class Session:
             protocol.AcquireEach: self._acquire_each,
             protocol.Release: self._release,
             protocol.Remove: self._remove,
-            protocol.Drain: self._drain,
             protocol.HandOver: self._hand_over,
             protocol.Goodbye: self._goodbye,
             **questions.verbs(),
+            **upkeep.verbs(),
         }
 
     @property
@@ -307,20 +309,6 @@ class Session:
             lasting.close()
             raise
         return None
-
-    def _drain(self, request_id: int, request: protocol.Drain) -> None:
-        wait_s, drain = packing.check_wait(request.wait_s), self._store.drain
-        (drain.cancel if request.cancel else drain.begin)()
-
-        async def wait() -> protocol.Answer:
-            remains = await drain.wait(self._host.open_writes, wait_s)
-            tiers = len(self._store.movements.lowers)
-            blocks, nbytes, leases = remains.blocks, remains.block_bytes, remains.leases
-            owed, away = remains.owed_blocks, list(remains.away)
-            over = remains.over
-            return protocol.Drained(drain.under_way, tiers, blocks, nbytes, leases, owed, away, over)
-
-        self._answer_later(request_id, wait())
 
     def _hand_over(self, request_id: int, request: protocol.HandOver) -> None:
         if request.format != FORMAT:

@@ -15,6 +15,7 @@ from kvstore.node.arena import ROOM, Arena
 from kvstore.node.audit import audit, audit_lower
 from kvstore.node.directory import Directory, TierDirectory
 from kvstore.node.drain import Drain
+from kvstore.node.holds import Holds
 from kvstore.node.lease import Holder
 from kvstore.node.lower import Lower
 from kvstore.node.movement import Movements
@@ -46,6 +47,7 @@ class Store:
         self.readers = Readers(self.directory, arena, self.movements, self.counters, lease_ids)
         self.drain = Drain(arena, self.movements)
         self.salts = Salts(arena, self.movements)
+        self.holds = Holds(self)
         self._ages = {directory: Ages() for directory in self.directory.tiers}
 
     def remove(self, shelves: Shelves, keys: Iterable[bytes]) -> tuple[int, Coroutine[Any, Any, None] | None]:
@@ -54,6 +56,14 @@ class Store:
         How many were here, and what to await until no restart brings them back, if there is such a tier.
         """
         names = list(dict.fromkeys(keys))
+        found = self.hide(shelves, names)
+        if not self.movements.lowers:
+            return found, None
+        namespace_id = shelves[0].namespace.id
+        return found, self.movements.make_lasting([(namespace_id, key) for key in names])
+
+    def hide(self, shelves: Shelves, names: Sequence[bytes]) -> int:
+        """Hide these blocks now, in every tier, until a restart; how many were here."""
         blocks = [block for key in names if (block := shelves[0].sealed.get(key)) is not None]
         slots = [slot for block in blocks for gone, slot in [self.arena.directory.remove(block)] if gone]
         self.movements.demoter.left(blocks, evicted=False)
@@ -61,9 +71,7 @@ class Store:
         self.arena.free(slots)
         found = {block.key for block in blocks} | self.movements.remove(shelves, names)
         self.counters.removed_blocks += len(found)
-        if not self.movements.lowers:
-            return len(found), None
-        return len(found), self.movements.make_lasting(shelves, names)
+        return len(found)
 
     # Holders that go, and memory that comes.
 
@@ -122,7 +130,8 @@ class Store:
         """Recount everything; each line says what is wrong. Takes 1 us a block, on the event loop."""
         arena = self.arena
         wrong = [*self.directory.check(), *arena.tier.check(), *self.movements.demoter.check()]
-        wrong += audit(arena.directory, arena.tier, holders, arena.room.late_bytes)
+        wrong += self.holds.check()
+        wrong += audit(arena.directory, arena.tier, [*holders, self.holds.holder], arena.room.late_bytes)
         for lower in self.movements.lowers:
             wrong += [*lower.tier.check(), *audit_lower(lower)]
         return wrong

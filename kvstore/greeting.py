@@ -20,7 +20,7 @@ class Greeting:
         self.hello: protocol.Hello | None = None
         self.done = False
 
-    def receive(self, request: protocol.Request) -> protocol.Challenge | None:
+    def receive(self, request: protocol.Message) -> protocol.Challenge | None:
         """What to answer; None once the client is welcome.
 
         Raises:
