@@ -69,12 +69,38 @@ def keys_for(
     if lora:
         return None
     if match := _VLLM.fullmatch(namespace.scheme):
-        return _vllm_keys(match, tokens, block_tokens, salt, media)
+        digests = _vllm_digests(match, tokens, block_tokens, salt, media)
+        return None if digests is None else engine_keys(digests)
     plain = tokens[: min(item.offset for item in media)] if media else tokens
     if own:
         return engine_keys(sglang_page_hashes(plain, block_tokens, salt=salt, eagle=own[2] is not None))
     if match := _LMCACHE.fullmatch(namespace.scheme):
         return _lmcache_keys(match, plain, block_tokens)
+    return None
+
+
+def data_keys(
+    namespace: Namespace,
+    tokens: Sequence[int],
+    *,
+    lora: str = "",
+    salt: str = "",
+    media: Sequence[MediaItem] = (),
+) -> list[bytes] | None:
+    """Return the keys under which stores have a prompt's blocks; None where they cannot be known.
+
+    As `keys_for`, but whole: of vLLM's schemes the digests. The others' numbers name no data.
+
+    Raises:
+        InvalidRequest: a token is out of range, or the package of a hash is not installed.
+    """
+    if lora:
+        return None
+    if match := _VLLM.fullmatch(namespace.scheme):
+        return _vllm_digests(match, tokens, namespace.block_tokens, salt, media)
+    if match := _LMCACHE.fullmatch(namespace.scheme):
+        plain = tokens[: min(item.offset for item in media)] if media else tokens
+        return _lmcache_keys(match, plain, namespace.block_tokens)
     return None
 
 
@@ -96,15 +122,24 @@ def vllm_scheme(algorithm: str = "sha256", seed: str = VLLM_SEED, every: int = 1
 def engine_key(published: int | bytes) -> int:
     """Return the key of a block that an engine publishes under a number of 64 bits or a digest.
 
-    Of a digest it is the end, as in vLLM's own numbers.
-
     Raises:
         InvalidRequest: it is neither.
     """
+    return engine_hash64(published) & KEY_MASK
+
+
+def engine_hash64(published: int | bytes) -> int:
+    """Return what an engine publishes as an unsigned number of 64 bits.
+
+    Of a digest it is the end, as in vLLM's own numbers.
+
+    Raises:
+        InvalidRequest: it is neither such a number nor a digest.
+    """
     if isinstance(published, bytes) and len(published) in _DIGEST_BYTES:
-        return int.from_bytes(published[-8:], "big") & KEY_MASK
+        return int.from_bytes(published[-8:], "big")
     if isinstance(published, int) and _HASH_RANGE[0] <= published <= _HASH_RANGE[1]:
-        return published & KEY_MASK
+        return published & _HASH_RANGE[1]
     raise InvalidRequest(f"block hash is {published!r:.80}; give a number of 64 bits or 8 to 32 bytes")
 
 
@@ -122,15 +157,15 @@ def engine_keys(published: Sequence[int | bytes]) -> list[int]:
     return [engine_key(one) for one in hashes]
 
 
-def _vllm_keys(
+def _vllm_digests(
     match: re.Match[str], tokens: Sequence[int], block_tokens: int, salt: str, media: Sequence[MediaItem]
-) -> list[int] | None:
+) -> list[bytes] | None:
     algorithm, found, every = match[1], match[2], int(match[3] or 1)
     seed = _vllm_seed(algorithm, found)
     if seed is None or block_tokens % every:
         return None
     hashes = vllm_block_hashes(tokens, block_tokens // every, algorithm, seed, salt=salt, media=media)
-    return engine_keys(hashes[every - 1 :: every])
+    return hashes[every - 1 :: every]
 
 
 def _vllm_seed(algorithm: str, found: str | None) -> str | None:

@@ -49,13 +49,15 @@ class Follower:
         self.told: list[feed.Stored | feed.Removed] = []
         self.seq = -1
         self.snapshots = self.resumed = self.parts = self.beats = 0
+        self.held: list[feed.Held] = []
+        self.measures: list[feed.Measures] = []
         self.wrong: list[str] = []
         self._alive_at = 0.0
 
     def subscribe(self, epoch: int | None = None, seq: int | None = None) -> None:
         self.say(feed.Subscribe(feed.VERSION, epoch, seq))
 
-    def say(self, message: feed.Subscribe | feed.Alive) -> None:
+    def say(self, message: feed.ToDaemon) -> None:
         self.socket.send(feed.encode(message))
 
     def until(self, condition: Callable[[], object], timeout_s: float = _PATIENCE_S) -> None:
@@ -119,7 +121,11 @@ class Follower:
                     self._apply(event)
             case feed.Heartbeat():
                 self.beats += 1
+                if message.measures is not None:
+                    self.measures.append(message.measures)
                 self._compare("a heartbeat", message.digests, message.seq)
+            case feed.Held():
+                self.held.append(message)
 
     def _apply(self, event: feed.Stored | feed.Removed) -> None:
         keys = self.keys.setdefault((event.namespace, event.medium), set())

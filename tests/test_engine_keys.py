@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from kvstore.block import Namespace
 from kvstore.content_keys import content_keys
 from kvstore.engine_hashes import MediaItem, sglang_page_hashes, vllm_block_hashes
-from kvstore.engine_keys import engine_key, engine_keys, keys_for, scheme_holds_salt, vllm_scheme
+from kvstore.engine_keys import (
+    data_keys,
+    engine_key,
+    engine_keys,
+    keys_for,
+    scheme_holds_salt,
+    vllm_scheme,
+)
 from kvstore.errors import InvalidRequest
 from kvstore.hashing import (
     VLLM_SEED,
@@ -178,3 +185,20 @@ def test_salts_are_in_the_keys_of_engines_and_in_the_namespaces_of_lmcache() -> 
 def test_a_bad_token_is_named(scheme: str) -> None:
     with pytest.raises(InvalidRequest, match="token 2 is -1; give token ids from 0 to 4294967295"):
         keys_for(space(scheme), [1, 2, -1])
+
+
+# Keys of data
+
+
+def test_stores_have_vllm_s_blocks_under_whole_digests_and_lmcache_s_as_they_are() -> None:
+    every = space(vllm_scheme(every=2), 32)
+    assert data_keys(space(vllm_scheme()), TOKENS) == vllm_block_hashes(TOKENS, 16)
+    assert data_keys(every, TOKENS, salt="s") == vllm_block_hashes(TOKENS, 16, salt="s")[1::2]
+    server = lmcache_namespace("m", 1 << 24, block_tokens=16)
+    assert data_keys(server, TOKENS, media=[PICTURE]) == lmcache_chunk_hashes(TOKENS, 16)[:4]
+
+
+@pytest.mark.parametrize("scheme", ["tokens", "sglang", "sglang-eagle", "vllm-sha256:00000000", "", "custom"])
+def test_a_scheme_of_numbers_or_of_an_unknown_seed_names_no_data(scheme: str) -> None:
+    assert data_keys(space(scheme), TOKENS) is None
+    assert data_keys(space(vllm_scheme()), TOKENS, lora="adapter") is None

@@ -629,3 +629,49 @@ def test_no_bytes_raise(data: st.DataObject) -> None:
         line.say(frame[:start] + data.draw(st.binary(max_size=9)) + frame[end:])
     line.wait(HEALED_S)
     line.check()
+
+
+def test_what_a_daemon_has_measured_is_told_under_the_name_it_answers_for() -> None:
+    names, told = Names(), []
+    line = Line(Daemon(), names=names)
+    line.stream.on_measured = lambda *measured: told.append(measured)
+    line.ask()
+    assert told == [("node-a", "", None, line.now_s)]
+    assert not line.stream.takes_holds
+    measures = feed.Measures({"nvme": (0.001, 1e9), "tape": (9.0, 1.0)}, [])
+    beat = feed.Heartbeat(1, 0, 0.0, {}, measures)
+    line.say(feed.encode(beat))
+    assert told[1:] == [("node-a", "", measures, line.now_s)]
+    hello = feed.Hello(feed.VERSION, "node-a", 1, 0, True, [], "eu/r7", True)
+    line.say(feed.encode(hello), feed.encode(beat))
+    assert told[3:] == [("node-a", "eu/r7", measures, line.now_s)]
+    assert line.stream.takes_holds
+    other = Line(Daemon(), line.locality, names, "10.0.0.2:7404")
+    other.stream.on_measured = line.stream.on_measured
+    other.ask()
+    other.say(feed.encode(beat))
+    assert len(told) == 4
+
+
+def test_an_answer_to_a_hold_is_handed_on_and_changes_nothing(line: Line) -> None:
+    held: list[tuple[str, feed.Held]] = []
+    line.stream.on_held = lambda *answer: held.append(answer)
+    answer = feed.Held(7, 1, 2, 3, "a reason")
+    line.say(feed.encode(answer))
+    assert held == [("node-a", answer)]
+    line.check()
+
+
+def test_a_place_of_too_many_characters_is_no_greeting(line: Line) -> None:
+    hello = feed.Hello(feed.VERSION, "node-a", 1, 0, True, [], "z" * 257)
+    line.say(feed.encode(hello))
+    assert line.stream.statistics(line.now_s).counters.malformed == 1
+    assert line.stream.topology == ""
+
+
+def test_a_namespace_is_called_what_the_daemon_calls_it(line: Line) -> None:
+    local = Namespace("sharded", 16, shard="1/4:1/2")
+    plain = Namespace("sharded", 16, shard="1/4")
+    assert line.stream.canonicals(plain) == [plain.canonical]
+    line.say(line.daemon.store(local, Medium.DRAM, [A]))
+    assert line.stream.canonicals(plain) == [local.canonical]

@@ -11,6 +11,11 @@ the feed is a socket of its own: the daemon's ROUTER, an index's DEALER, one msg
             Events, Events, ...                           what followed
     daemon  Heartbeat                                     every HEARTBEAT_S, after the Events that it counts
     index   Alive                                         every ALIVE_S, or the daemon forgets it
+    index   Hold                                          keep blocks ready in DRAM for a while
+    daemon  Held                                          how many are, or why it does not
+    index   Unhold                                        they are needed no longer
+
+Fields that a later release adds come last and have defaults: who does not know them passes them over.
 
 `seq` numbers Events from 1 within an epoch, 0 is before the first. A message is whole or refused: unknown
 versions and kinds end the subscription and nothing else.
@@ -31,6 +36,15 @@ SUBSCRIBER_S: Final = 10.0
 # Of one frame: a Part or Events of 4,096 keys of 64 bytes with as many parents is 0.6 MB.
 FRAME_BYTES_MAX: Final = 8 << 20
 KEYS_MAX: Final = 4096
+# How often a Heartbeat has measures.
+MEASURES_S: Final = 4.0
+# What subscribers say; a Hold has KEYS_MAX keys of 64 bytes, and a namespace.
+SAID_BYTES_MAX: Final = 4096
+HOLD_BYTES_MAX: Final = 320 << 10
+# Namespaces in Measures.
+SPACES_MAX: Final = 64
+_NAME_CHARS_MAX: Final = 256
+_ENGINES_MAX: Final = 1024
 # The parent of a block that starts a prompt.
 ROOT: Final = b""
 
@@ -76,10 +90,40 @@ class Alive(msgspec.Struct, frozen=True, array_like=True, tag="alive"):
     """The index is still there."""
 
 
+class Hold(msgspec.Struct, frozen=True, array_like=True, tag="hold"):
+    """Keep these blocks in DRAM for `ttl_s`, and load what of them is below; only to who `takes_holds`.
+
+    `id` is the index's own, and new in each.
+    """
+
+    id: int
+    namespace: bytes
+    keys: list[bytes]
+    ttl_s: float
+
+
+class Unhold(msgspec.Struct, frozen=True, array_like=True, tag="unhold"):
+    """What was asked for under this id may go again."""
+
+    id: int
+
+
+class Held(msgspec.Struct, frozen=True, array_like=True, tag="held"):
+    """What became of a Hold, in blocks: kept now, on their way, and nowhere; or why it is refused."""
+
+    id: int
+    pinned: int = 0
+    loading: int = 0
+    missing: int = 0
+    refused: str = ""
+
+
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     """Who the daemon is, and the seq that what follows begins after.
 
-    `engines` are the addresses of the engines that use it, as routers know them.
+    `engines` are the addresses of the engines that use it, as routers know them. `topology` is where it is,
+    as "zone/rack". Who does not say that it `takes_holds` is to be sent none: an earlier release might end
+    the connection for the length of it.
     """
 
     version: int
@@ -88,6 +132,8 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
     seq: int
     resumed: bool
     engines: list[str]
+    topology: str = ""
+    takes_holds: bool = False
 
 
 class Events(msgspec.Struct, frozen=True, array_like=True, tag="events"):
@@ -111,20 +157,39 @@ class End(msgspec.Struct, frozen=True, array_like=True, tag="end"):
     digests: dict[Medium, Digest]
 
 
+class SpaceMeasure(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a daemon has of a namespace, salts left out, in its fullest medium."""
+
+    namespace: bytes
+    blocks: int
+    block_bytes: int
+
+
+class Measures(msgspec.Struct, frozen=True, array_like=True):
+    """What a daemon has measured: of each medium seconds and bytes per second, and how large blocks are.
+
+    Reading n bytes from a medium takes the seconds, and n by the bytes per second.
+    """
+
+    speeds: dict[str, tuple[float, float]]
+    spaces: list[SpaceMeasure]
+
+
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag="heartbeat"):
     """The daemon is there, `seq` was its last Events, and this is what it has after them.
 
-    `at_s` is its wall clock: it tells the lag where nothing happens.
+    `at_s` is its wall clock: it tells the lag where nothing happens. `measures` come every MEASURES_S.
     """
 
     epoch: int
     seq: int
     at_s: float
     digests: dict[Medium, Digest]
+    measures: Measures | None = None
 
 
-ToDaemon = Subscribe | Alive
-ToIndex = Hello | Events | Part | End | Heartbeat
+ToDaemon = Subscribe | Alive | Hold | Unhold
+ToIndex = Hello | Events | Part | End | Heartbeat | Held
 _Message = TypeVar("_Message")
 
 _Decoder = msgspec.msgpack.Decoder
@@ -154,6 +219,19 @@ def decode_to_index(frame: bytes) -> ToIndex:
         ProtocolError: it is none, or longer than a frame may be.
     """
     return _decoded(_to_index, frame)
+
+
+def check_hello(hello: Hello) -> None:
+    """Raise ProtocolError unless it is of this version, and its names are some."""
+    if hello.version != VERSION:
+        raise ProtocolError(f"feed: version {hello.version}; this index speaks {VERSION}")
+    lengths = [len(name) for name in (hello.node, *hello.engines)]
+    longest = max(*lengths, len(hello.topology))
+    if not 0 < min(lengths) <= longest <= _NAME_CHARS_MAX or len(lengths) > _ENGINES_MAX:
+        raise ProtocolError(
+            f"feed: {len(lengths)} names of {min(lengths)} to {longest} characters; "
+            f"give {_ENGINES_MAX} at most, of 1 to {_NAME_CHARS_MAX}"
+        )
 
 
 def _decoded(decoder: "_Decoder[_Message]", frame: bytes) -> _Message:

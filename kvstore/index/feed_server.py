@@ -1,12 +1,14 @@
 """The daemon's end of the feed: whoever subscribes gets all there is, and then what happens, in order.
 
 Each subscriber has a place in the outbox's frames and gets them as fast as it takes them, so that nothing is
-queued for one that does not read. Who is so slow that the frames it needs are gone starts over.
+queued for one that does not read. Who is so slow that the frames it needs are gone starts over. What it asks
+to be held is `kvstore.index.feed_holds`'s.
 """
 
 import asyncio
+import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 from zlib import crc32
@@ -16,14 +18,15 @@ import zmq
 from kvstore.block import Medium, Namespace
 from kvstore.errors import ProtocolError
 from kvstore.index import feed
+from kvstore.index.feed_holds import FeedHolds
 from kvstore.index.outbox import Outbox, chains, packed
 from kvstore.index.wire import Wire, allow, bind, serve_curve, watched
 
 SUBSCRIBERS_MAX: Final = 64
-# Of what a subscriber says.
-_FRAME_BYTES_MAX: Final = 4096
 # Frames that wait in its queue, of 1 MB at most; the others wait in the outbox.
 _QUEUED: Final = 8
+# Frames of one that wait for us, where they may be long.
+_UNREAD: Final = 32
 # Frames sent, and time spent on a snapshot, before others have their turn.
 _TURN: Final = 64
 _TURN_S: Final = 0.001
@@ -57,10 +60,14 @@ class Inventory(Protocol):
 
 @dataclass(slots=True)
 class _Subscriber:
-    """`seq` is that of the last frame it was sent; None while it has yet to get all there is."""
+    """`seq` is that of the last frame it was sent; None while it has yet to get all there is.
+
+    `measured_s` is when it was told last what has been measured.
+    """
 
     heard_s: float
     seq: int | None = None
+    measured_s: float = -math.inf
 
 
 @dataclass(slots=True)
@@ -88,18 +95,25 @@ class FeedServer:
         node: str,
         epoch: int,
         engines: Sequence[str] = (),
+        topology: str = "",
         secret: bytes | None = None,
+        measure: Callable[[], feed.Measures | None] = lambda: None,
+        holds: FeedHolds | None = None,
     ) -> None:
-        """With a `secret` only those are let in who have it.
+        """With a `secret` only those are let in who have it. `measure` is asked every few seconds.
 
         Raises:
             ConfigError: the address cannot be listened on.
         """
         self._outbox = outbox
         self._inventory = inventory
-        self._node, self._epoch, self._engines = node, epoch, list(engines)
+        self._node, self._epoch, self._engines, self._topology = node, epoch, list(engines), topology
+        self._measure, self._holds = measure, holds
         self._gate = None if secret is None else allow(context, secret)
-        socket = watched(context, zmq.ROUTER, _FRAME_BYTES_MAX)
+        long = holds is not None and not holds.refusal()
+        socket = watched(context, zmq.ROUTER, feed.HOLD_BYTES_MAX if long else feed.SAID_BYTES_MAX)
+        if long:
+            socket.setsockopt(zmq.RCVHWM, _UNREAD)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         socket.setsockopt(zmq.SNDHWM, _QUEUED)
         if secret is not None:
@@ -140,6 +154,8 @@ class FeedServer:
         try:
             identity, frame = frames
             message = feed.decode_to_daemon(frame)
+            if len(frame) > feed.SAID_BYTES_MAX and not isinstance(message, feed.Hold):
+                raise ProtocolError(f"feed: a frame of {len(frame)} bytes from an index")
         except (ValueError, ProtocolError):
             self.refused += 1
             return
@@ -151,6 +167,15 @@ class FeedServer:
             self._enter(identity, message, now)
         elif (subscriber := self._subscribers.get(identity)) is not None:
             subscriber.heard_s = now
+            self._hold(identity, message, now)
+
+    def _hold(self, identity: bytes, message: feed.ToDaemon, now: float) -> None:
+        if self._holds is None:
+            self.refused += not isinstance(message, feed.Alive)
+        elif isinstance(message, feed.Hold):
+            self._wire.send([identity, feed.encode(self._holds.hold(identity, message, now))])
+        elif isinstance(message, feed.Unhold):
+            self._holds.end(identity, message)
 
     def _may_enter(self, identity: bytes, now: float) -> bool:
         if identity in self._subscribers or len(self._subscribers) < SUBSCRIBERS_MAX:
@@ -173,11 +198,15 @@ class FeedServer:
             self._pump_one(identity, subscriber)
 
     def _hello(self, seq: int, *, resumed: bool) -> bytes:
-        return feed.encode(feed.Hello(feed.VERSION, self._node, self._epoch, seq, resumed, self._engines))
+        takes_holds = self._holds is not None and not self._holds.refusal()
+        place = self._engines, self._topology, takes_holds
+        return feed.encode(feed.Hello(feed.VERSION, self._node, self._epoch, seq, resumed, *place))
 
     def _forget(self, identity: bytes) -> None:
         del self._subscribers[identity]
         self._leave_snapshot(identity)
+        if self._holds is not None:
+            self._holds.forget(identity)
         self.dropped += 1
 
     # What happens.
@@ -219,11 +248,17 @@ class FeedServer:
             self._forget(identity)
         self._outbox.flush()
         self._pump()
+        there = [(i, s) for i, s in self._subscribers.items() if s.seq == self._outbox.seq]
+        due = {i for i, s in there if now - s.measured_s >= feed.MEASURES_S}
+        beat, full = self._heartbeat(None), self._heartbeat(self._measure()) if due else b""
+        for identity, subscriber in there:
+            if self._wire.send([identity, full if identity in due else beat]) and identity in due:
+                subscriber.measured_s = now
+
+    def _heartbeat(self, measures: feed.Measures | None) -> bytes:
         outbox = self._outbox
-        beat = feed.encode(feed.Heartbeat(self._epoch, outbox.seq, time.time(), outbox.digests()))
-        for identity, subscriber in self._subscribers.items():
-            if subscriber.seq == outbox.seq:
-                self._wire.send([identity, beat])
+        beat = feed.Heartbeat(self._epoch, outbox.seq, time.time(), outbox.digests(), measures)
+        return feed.encode(beat)
 
     # Snapshots: one at a time, to all who wait for one.
 

@@ -13,7 +13,7 @@ from kvstore.block import KEY_BYTES_MAX, Medium, Namespace
 from kvstore.engine_keys import engine_key, engine_keys
 from kvstore.errors import InvalidRequest, ProtocolError
 from kvstore.index.feed import KEYS_MAX, Digest, Removed, Stored
-from kvstore.index.holding import Holding
+from kvstore.index.holding import Holding, plain
 from kvstore.index.keytable import Key
 from kvstore.index.saved import SavedNode
 
@@ -45,11 +45,13 @@ class Space:
 class Spaces:
     """The key spaces that one publisher names, each parsed once as long as they are few.
 
-    `skipped` counts events about such as are none.
+    `skipped` counts events about such as are none. `local` has the canonical forms of those whose shards say
+    where on its node a rank is, by the namespace without that.
     """
 
     def __init__(self) -> None:
         self.skipped = 0
+        self.local: dict[Namespace, list[bytes]] = {}
         self._known: dict[bytes, Space | None] = {}
 
     def get(self, canonical: bytes) -> Space | None:
@@ -62,7 +64,10 @@ class Spaces:
             return None
         if len(self._known) >= _SPACES_MAX:
             self._known.clear()
+            self.local.clear()
         space = self._known[canonical] = _parsed(canonical)
+        if space is not None and ":" in space.namespace.shard:
+            self.local.setdefault(plain(space.namespace), []).append(canonical)
         return space
 
 

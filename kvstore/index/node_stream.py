@@ -15,28 +15,28 @@ Until a daemon has proved again that it says what is there, each question waits 
 
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Final
 
+from kvstore.block import Namespace
 from kvstore.errors import ProtocolError
 from kvstore.index import feed
 from kvstore.index.holding import Holding
 from kvstore.index.inquiry import Inquiry
+from kvstore.index.lag import Lag
 from kvstore.index.locality import Locality
 from kvstore.index.node_copy import NodeCopy, Spaces
 from kvstore.index.node_state import NodeStreamCounters, NodeStreamStatistics
 from kvstore.index.saved import SavedNode
-from kvstore.statistics import Latencies
 
 logger = logging.getLogger(__name__)
 
 SILENT_S: Final = 2.0
 # A name that another daemon answers to may be free again by then.
 _REFUSED_S: Final = 3.0
-_NAME_CHARS_MAX: Final = 256
-_ENGINES_MAX: Final = 1024
-_LAG_MAX_S: Final = 3600.0
+# A node, where it is, what it has measured, and when that came.
+Measured = Callable[[str, str, feed.Measures | None, float], None]
 
 
 class Names(dict[str, "NodeStream"]):
@@ -53,6 +53,8 @@ class NodeStream:
     A daemon is known by its address and answers for the name in its Hello, which must be `expected` where
     that is given. Of two with one name the first that is heard keeps it until it is silent: another's claim
     harms nobody, and a node that has moved has its name back after SILENT_S.
+
+    `on_measured` and `on_held` are called with what it says beside that. It `takes_holds` if it says so.
     """
 
     def __init__(
@@ -61,6 +63,10 @@ class NodeStream:
         self.address = address
         self.name: str | None = None
         self.engines: tuple[str, ...] = ()
+        self.topology = ""
+        self.takes_holds = False
+        self.on_measured: Measured = lambda *_: None
+        self.on_held: Callable[[str, feed.Held], None] = lambda *_: None
         self.silent = False
         self.heard_s = now_s
         self._locality = locality
@@ -77,8 +83,7 @@ class NodeStream:
         self._inquiry = Inquiry(now_s)
         self._resumed_at: int | None = None
         self._known_s = -math.inf
-        self._lag_s = 0.0
-        self._lags = Latencies()
+        self._lag = Lag()
         self._counters = NodeStreamCounters()
 
     # What the owner of the socket calls.
@@ -138,6 +143,10 @@ class NodeStream:
         """Of the life of the daemon that is answered for."""
         return self._epoch if self._copy else None
 
+    def canonicals(self, namespace: Namespace) -> list[bytes]:
+        """How the daemon calls a namespace of shard RANK/WORLD, where it may say more of the rank."""
+        return self._spaces.local.get(namespace) or [namespace.canonical]
+
     @property
     def over(self) -> bool:
         """Whether the daemon has more than there is room for here."""
@@ -158,8 +167,8 @@ class NodeStream:
             filling=self._filling is not None,
             refused=self._refused,
             age_s=self.age_s(now_s),
-            lag_s=self._lag_s,
-            lags=self._lags,
+            lag_s=self._lag.now_s,
+            lags=self._lag.events,
             counters=replace(self._counters, skipped=self._spaces.skipped),
         )
 
@@ -193,22 +202,19 @@ class NodeStream:
                 self._fill(message, now_s)
             case feed.End():
                 self._finish(message, now_s)
+            case feed.Held() if self.name is not None:
+                self.on_held(self.name, message)
 
     def _greet(self, hello: feed.Hello, now_s: float) -> None:
-        if hello.version != feed.VERSION:
-            raise ProtocolError(f"feed: version {hello.version}; this index speaks {feed.VERSION}")
-        lengths = [len(name) for name in (hello.node, *hello.engines)]
-        if not 0 < min(lengths) <= max(lengths) <= _NAME_CHARS_MAX or len(lengths) > _ENGINES_MAX:
-            raise ProtocolError(
-                f"feed: {len(lengths)} names of {min(lengths)} to {max(lengths)} characters; "
-                f"give {_ENGINES_MAX} at most, of 1 to {_NAME_CHARS_MAX}"
-            )
+        feed.check_hello(hello)
         self._drop_filling()
         if hello.node != self.name or hello.epoch != self._epoch:
             self._meet(hello)
         if not self._claim(hello, now_s):
             return
         self.engines = tuple(hello.engines)
+        self.topology, self.takes_holds = hello.topology, hello.takes_holds
+        self.on_measured(hello.node, hello.topology, None, now_s)
         if not hello.resumed:
             self._filling = NodeCopy(self._locality.open(hello.node), self._spaces)
             self._filling_seq = hello.seq
@@ -270,12 +276,13 @@ class NodeStream:
         else:
             copy.apply(message.events)
             self._seq = message.seq
-            self._lag_s = _lag_s(message.at_s, wall_s)
-            self._lags.observe(self._lag_s)
+            self._lag.happened(message.at_s, wall_s)
             self._know(now_s)
 
     def _compare(self, beat: feed.Heartbeat, now_s: float, wall_s: float) -> None:
         copy = self._copy
+        if beat.measures is not None and self.name is not None:
+            self.on_measured(self.name, self.topology, beat.measures, now_s)
         if copy is None or self._filling is not None:
             return
         if beat.epoch != self._epoch:
@@ -288,7 +295,7 @@ class NodeStream:
             self._inquiry.answered()
             self._inquiry.forgive()
             self._resumed_at = None
-            self._lag_s = _lag_s(beat.at_s, wall_s)
+            self._lag.beat(beat.at_s, wall_s)
             self._know(now_s)
         else:
             self._diverge(now_s)
@@ -372,8 +379,3 @@ class NodeStream:
         if self._names.get(self.name) is self:
             del self._names[self.name]
         self.name = None
-
-
-def _lag_s(at_s: float, wall_s: float) -> float:
-    """How long a message has taken, within reason: clocks differ."""
-    return max(0.0, min(wall_s - at_s, _LAG_MAX_S))

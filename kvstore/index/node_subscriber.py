@@ -11,7 +11,7 @@ from typing import Final
 
 import zmq
 
-from kvstore.index.feed import ALIVE_S, FRAME_BYTES_MAX, Alive, encode
+from kvstore.index.feed import ALIVE_S, FRAME_BYTES_MAX, Alive, Hold, Unhold, encode
 from kvstore.index.locality import Locality
 from kvstore.index.node_state import NodeStreamStatistics
 from kvstore.index.node_stream import Names, NodeStream
@@ -75,6 +75,10 @@ class NodeSubscriber:
     def age_s(self) -> float:
         """How long ago all that the daemon had was known; infinite for never."""
         return self.stream.age_s(self._loop.time())
+
+    def say(self, message: Hold | Unhold) -> bool:
+        """Send it, or do not where the daemon takes nothing now. Whether it went."""
+        return self.stream.takes_holds and self._send(encode(message))
 
     def statistics(self) -> NodeStreamStatistics:
         """All of it now."""
