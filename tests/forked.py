@@ -16,7 +16,15 @@ from typing import Final
 
 FORKS: Final = get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["kvstore.cli", "kvstore.serve", "kvstore.index.main", "uvloop", "tests.forked", "tests.stress_client"]
+    [
+        "kvstore.cli",
+        "kvstore.serve",
+        "kvstore.index.main",
+        "uvloop",
+        "connectors.proxy.serving",
+        "tests.forked",
+        "tests.stress_client",
+    ]
 )
 
 

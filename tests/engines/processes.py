@@ -14,12 +14,12 @@ from tests.engines.engine import Answer
 from tests.lmcache_processes import ENVIRON, Server, end_group
 
 _ROOT: Final = Path(__file__).parents[2]
-_ENGINES: Final = _ROOT / ".venv-engines"
+ENGINES: Final = _ROOT / ".venv-engines"
 # On two cores an engine is ready after 12 to 30 s.
 _READY_WITHIN_S: Final = 150.0
 _ANSWER_WITHIN_S: Final = 60.0
 _END_WITHIN_S: Final = 30.0
-_ENGINE_ENVIRON: Final = {
+ENGINE_ENVIRON: Final = {
     **ENVIRON,
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -45,8 +45,8 @@ class Engine:
         lmcache: Server | None = None,
         events: dict[str, object] | None = None,
     ) -> None:
-        python = _ENGINES / "bin" / "python"
-        assert python.exists(), f"no {_ENGINES.name} here; run these tests with `make test-engines`"
+        python = ENGINES / "bin" / "python"
+        assert python.exists(), f"no {ENGINES.name} here; run these tests with `make test-engines`"
         command = [str(python), str(Path(__file__).with_name("engine.py")), model]
         command.append("" if lmcache is None else json.dumps(lmcache.transfer))
         command.append("" if events is None else json.dumps(events))
@@ -59,7 +59,7 @@ class Engine:
                 stderr=log,
                 cwd=folder,
                 # VLLM_RPC_BASE_PATH is where it leaves sockets behind.
-                env={**os.environ, **_ENGINE_ENVIRON, "VLLM_RPC_BASE_PATH": str(folder)},
+                env={**os.environ, **ENGINE_ENVIRON, "VLLM_RPC_BASE_PATH": str(folder)},
                 start_new_session=True,
             )
         assert self._process.stdin is not None

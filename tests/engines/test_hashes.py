@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.content_keys import content_chain, content_keys, event_extras
+from kvstore.content_keys import event_extras, event_hashes, local_hashes, salt_of
 from kvstore.engine_hashes import VLLM_ALGORITHMS, MediaItem, vllm_block_hashes
 from kvstore.hashing import VLLM_SEED
 
@@ -108,5 +108,6 @@ def test_a_prompt_meets_the_keys_of_what_vllm_announces(
     announced = vllm(tokens, block_tokens, "sha256", None, **extra)["extra_keys"]
     lora = extra["lora"][0] if extra["lora"] else None
     parsed = [event_extras(lora, None, keys, first=i == 0) for i, keys in enumerate(announced)]
-    asked = content_keys(tokens, block_tokens, lora=lora or "", salt=extra["salt"], media=extra["media"])
-    assert content_chain(None, tokens, block_tokens, parsed) == asked
+    salt = salt_of(parsed[0] if parsed else None)
+    asked = local_hashes(tokens, block_tokens, lora=lora or "", salt=extra["salt"], media=extra["media"])
+    assert event_hashes(tokens, block_tokens, parsed, salt=salt) == asked

@@ -1,0 +1,1 @@
+"""A router before engines: one OpenAI-compatible address for all of them."""
