@@ -13,7 +13,7 @@ from benchmarks.processes import Cores, cores_of_this_process
 from benchmarks.report import describe_machine, print_machine, print_report, write_json
 
 _OF_NODES: Final = ("node", "scale", "allocator", "trace", "nvme", "tiers", "redis", "lmcache")
-NAMES: Final = (*_OF_NODES, "lookup", "ingest")
+NAMES: Final = (*_OF_NODES, "lookup", "ingest", "routing", "http")
 QUICK_ROUNDS: Final = 2
 
 
@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := set(options.names) - set(NAMES):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS_MIN)
-    settings = Settings(rounds=rounds, quick=options.quick, cores=options.cores or cores_of_this_process())
+    cores = options.cores or cores_of_this_process()
+    settings = Settings(rounds=rounds, quick=options.quick, cores=cores, plot=options.plot)
     # Wide enough for every column where the output is no terminal, as in a file.
     console = Console(width=None if Console().is_terminal else 160)
     machine = describe_machine()
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows, machine, versions and date")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what routing finds, as SVG")
     parser.add_argument("--rounds", type=int, help=f"default {ROUNDS_MIN}; {QUICK_ROUNDS} with --quick")
     parser.add_argument("--quick", action="store_true", help="show that it works; the figures mean nothing")
     parser.add_argument("--cores", type=_cores, metavar="CLIENT,SERVER", help="default: the first two")

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final, Literal, TypeVar
 
 from benchmarks.processes import Cores
@@ -31,11 +32,15 @@ class BenchmarkError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How much to measure. A quick run shows that everything works; its figures say nothing."""
+    """How much to measure, and where a picture goes, of a benchmark that draws one.
+
+    A quick run shows that everything works; its figures say nothing.
+    """
 
     rounds: int
     quick: bool
     cores: Cores
+    plot: Path | None = None
 
     def pick(self, full: int, quick: int) -> int:
         """The number for this run."""

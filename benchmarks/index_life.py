@@ -44,7 +44,7 @@ def known_rows(bench: str, settings: Settings) -> list[Row]:
     commits = settings.pick(_COMMITS, 10)
     with ExitStack() as exits:
         directory = Path(exits.enter_context(TemporaryDirectory(prefix="kvbench-")))
-        feed = exits.enter_context(_node(directory))
+        feed = exits.enter_context(node_with_feed(directory))
         index = exits.enter_context(closing(OurIndex(directory, nodes=[feed])))
         store = exits.enter_context(StoreClient.connect(f"unix:{directory / 'node.sock'}", timeout_s=30.0))
         probe = _Probe(store, index.http)
@@ -61,7 +61,7 @@ def known_rows(bench: str, settings: Settings) -> list[Row]:
 
 
 @contextmanager
-def _node(directory: Path) -> Iterator[str]:
+def node_with_feed(directory: Path) -> Iterator[str]:
     """A daemon that tells of its events; the address of its feed."""
     config, log = directory / "node.toml", directory / "node.log"
     config.write_text('[events]\nfeed = "127.0.0.1:0"\n')
@@ -69,7 +69,7 @@ def _node(directory: Path) -> Iterator[str]:
     command += ["--socket", str(directory / "node.sock"), "--config", str(config)]
     process = start_process(command, log)
     try:
-        wait_for(lambda: _READY in log.read_text(), process, log)
+        wait_for(lambda: "\n" in log.read_text().partition(_READY)[2], process, log)
         yield log.read_text().partition(" feed=")[2].split()[0]
     finally:
         stop_process(process)

@@ -87,33 +87,55 @@ class Http:
             BenchmarkError: it has none.
         """
         body = msgspec.json.encode(question)
-        self._connection.request("POST", path, body, {"Content-Type": "application/json"})
-        answer = self._connection.getresponse()
-        text = answer.read()
-        if answer.status >= 300:
-            raise BenchmarkError(f"{path}: {answer.status} {text[:200]!r}")
-        return msgspec.json.decode(text)
+        return msgspec.json.decode(self._ask("POST", path, body))
+
+    def text(self, path: str) -> str:
+        """What is there.
+
+        Raises:
+            BenchmarkError: nothing is.
+        """
+        return self._ask("GET", path, None).decode()
 
     def close(self) -> None:
         """Hang up."""
         self._connection.close()
 
+    def _ask(self, method: str, path: str, body: bytes | None) -> bytes:
+        self._connection.request(method, path, body, {"Content-Type": "application/json"})
+        answer = self._connection.getresponse()
+        text = answer.read()
+        if answer.status >= 300:
+            raise BenchmarkError(f"{path}: {answer.status} {text[:200]!r}")
+        return text
+
 
 class OurIndex:
     """`kvstore index`, of the engines at some endpoints and the daemons whose feeds are at some addresses."""
 
-    def __init__(self, directory: Path, endpoints: Sequence[str] = (), nodes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        endpoints: Sequence[str] = (),
+        nodes: Sequence[str] = (),
+        *,
+        algorithm: str = HASH,
+    ) -> None:
+        """Engines hash by the algorithm, or as nobody knows where it is empty."""
         config, log = directory / "index.toml", directory / "index.log"
-        config.write_text("\n".join(_config(endpoints, nodes)))
-        command = [sys.executable, "-m", "kvstore", "index", "--http", "127.0.0.1:0", "--config", str(config)]
+        config.write_text("\n".join(_config(endpoints, nodes, algorithm)))
+        command = [sys.executable, "-m", "kvstore", "index", "--http", "127.0.0.1:0", "--data", "127.0.0.1:0"]
+        command += ["--config", str(config)]
         self._process = start_process(command, log)
         try:
-            wait_for(lambda: _READY in log.read_text(), self._process, log)
+            wait_for(lambda: "\n" in log.read_text().partition(_READY)[2], self._process, log)
         except BaseException:
             stop_process(self._process)
             raise
         self.pid = self._process.pid
-        self.http = Http(int(log.read_text().partition(_READY)[2].split()[0]))
+        port, data = log.read_text().partition(_READY)[2].split()[:2]
+        self.port, self.data_port = int(port), int(data.rpartition(":")[2])
+        self.http = Http(self.port)
 
     def knows(self, number: int, prompt: Prompt) -> bool:
         namespace = {"block_tokens": BLOCK_TOKENS, "scheme": vllm_scheme(HASH)}
@@ -131,9 +153,9 @@ class OurIndex:
         stop_process(self._process)
 
 
-def _config(endpoints: Sequence[str], nodes: Sequence[str]) -> list[str]:
+def _config(endpoints: Sequence[str], nodes: Sequence[str], algorithm: str) -> list[str]:
     lines = ["[index]", f"nodes = {msgspec.json.encode(list(nodes)).decode()}"]
     for number, endpoint in enumerate(endpoints):
         lines += ["[[index.engines]]", f'name = "engine{number}"', f'events = "{endpoint}"']
-        lines += [f'model = "{MODEL}"', f"block_tokens = {BLOCK_TOKENS}", f'hash = "{HASH}"']
+        lines += [f'model = "{MODEL}"', f"block_tokens = {BLOCK_TOKENS}", f'hash = "{algorithm}"']
     return lines

@@ -17,6 +17,8 @@ from benchmarks.harness import Report, Row, Settings, Verdict
 _MET: Final = {True: "[green]met[/]", False: "[red]missed[/]", None: "[yellow]not measured[/]"}
 # Processes that ran or wanted to in the last minute, on average.
 IDLE_LOAD_MAX: Final = 0.3
+# Peers in one table, beyond which there is no room for ratios.
+_RATIOS_MAX: Final = 5
 _HUGE_PAGES: Final = Path("/sys/kernel/mm/transparent_hugepage")
 
 
@@ -74,7 +76,10 @@ def _row_table(report: Report, settings: Settings) -> Table:
     names = sorted({name for row in report.rows for name in row.peers})
     table.add_column("case")
     table.add_column("unit")
-    for heading in ("ours", "limit", "of limit", *(word for name in names for word in (name, "ours/it"))):
+    beside = [
+        word for name in names for word in ((name, "ours/it") if len(names) <= _RATIOS_MAX else (name,))
+    ]
+    for heading in ("ours", "limit", "of limit", *beside):
         table.add_column(heading, justify="right")
     table.add_column("limit is")
     for row in report.rows:
@@ -87,7 +92,8 @@ def _cells(row: Row, names: Sequence[str]) -> list[str]:
     cells = [row.case, row.unit, figure(row.ours), figure(row.limit.value), of_limit]
     for name in names:
         value = row.peers.get(name)
-        cells += ["", ""] if value is None else [figure(value), f"{row.times(value):.2f}"]
+        both = ["", ""] if value is None else [figure(value), f"{row.times(value):.2f}"]
+        cells += both if len(names) <= _RATIOS_MAX else both[:1]
     return [*cells, row.limit.name]
 
 

@@ -70,7 +70,7 @@ def vllm_block_hashes(
     if algorithm.endswith("_cbor"):
         return list(_cbor_chain(ids, block_tokens, digest, extras, _hash(algorithm)))
     # Tokens of a list are pickled as they are: unlike `array`, vLLM would tell True from 1.
-    numbers = tokens if isinstance(tokens, list) else ids.tolist()
+    numbers = tokens if isinstance(tokens, list) else ids
     return list(_pickle_chain(numbers, block_tokens, digest, extras, _hash(algorithm)))
 
 
@@ -159,7 +159,7 @@ def _hash(algorithm: str) -> _Hash:
 
 
 def _pickle_chain(
-    tokens: list[int], block_tokens: int, digest: bytes, extras: list[Extra], new: _Hash
+    tokens: Sequence[int], block_tokens: int, digest: bytes, extras: list[Extra], new: _Hash
 ) -> Iterator[bytes]:
     # Pickles put together from parts save 15 % of the time and cost 30 lines.
     blocks = zip(*[iter(tokens)] * block_tokens, strict=False)

@@ -7,13 +7,13 @@ from kvstore.config import Config, parse_endpoint
 from kvstore.errors import ConfigError
 
 
-def listen_http(address: str) -> socket.socket:
-    """A socket bound there.
+def listen_http(address: str, name: str = "http") -> socket.socket:
+    """A socket bound there; `name` is what the address is called.
 
     Raises:
         ConfigError: the address is taken, or none of this machine's.
     """
-    host, port = parse_endpoint(address, "http")
+    host, port = parse_endpoint(address, name)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -22,7 +22,7 @@ def listen_http(address: str) -> socket.socket:
     except (OSError, UnicodeError) as exc:
         sock.close()
         reason = getattr(exc, "strerror", None) or exc
-        raise ConfigError(f"http address {address}: {reason}; give another, or port 0") from exc
+        raise ConfigError(f"{name} address {address}: {reason}; give another, or port 0") from exc
     return sock
 
 

@@ -30,6 +30,7 @@ def index(
         list[str] | None, typer.Option(help="HOST:PORT of a daemon's feed; once for each daemon")
     ] = None,
     http: Annotated[str | None, typer.Option(help="HOST:PORT of lookups, port 0 for any")] = None,
+    data: Annotated[str | None, typer.Option(help="HOST:PORT of compact lookups; empty for none")] = None,
     snapshot: Annotated[
         str | None, typer.Option(help="file that holds what it knows across restarts")
     ] = None,
@@ -42,6 +43,8 @@ def index(
 
     flags = {"nodes": node, "http": http, "snapshot": snapshot}
     given = {name: value for name, value in flags.items() if value}
+    if data is not None:
+        given["data"] = data
     with errors():
         if child_of is not None:
             settings = settings_of_parent(child_of)
@@ -65,6 +68,8 @@ def lookup(
     at_index: Annotated[
         str | None, typer.Option("--index", help=f"URL of an index to ask; with --tokens {_HERE}")
     ] = None,
+    top: Annotated[int | None, typer.Option(help="so many engines at most; with --index or --tokens")] = None,
+    explain: Annotated[bool, typer.Option(help="say why, too; with --index or --tokens")] = False,
     wait_s: Annotated[float, typer.Option("--wait", help="seconds for shared tiers; 0: ask none")] = 1.0,
     address: Address = HERE,
     as_json: AsJson = False,
@@ -78,6 +83,7 @@ def lookup(
         raise typer.BadParameter("a namespace is for keys with --index")
     if tokens is not None or at_index is not None:
         question: dict[str, Any] = {"model": model, "salt": salt, "lora": lora, "namespace": namespace}
+        question |= {"top_k": top, "explain": explain}
         if tokens is not None:
             question["tokens"] = _tokens(tokens)
         else:
@@ -121,8 +127,12 @@ def _print_placements(placements: list[dict[str, Any]], *, as_json: bool) -> Non
     if as_json:
         print(json.dumps(placements))
         return
-    table = Table("engine", *_MEDIA, "age")
+    table = Table("engine", *_MEDIA, "age", "first token")
     for one in placements:
         age = "never heard" if one["age_ms"] is None else f"{one['age_ms'] / 1000:.1f} s"
-        table.add_row(one["engine"], *(f"{one[medium]:,}" for medium in _MEDIA), age)
+        had = [f"{one[medium]:,}" for medium in _MEDIA]
+        table.add_row(one["engine"], *had, age, f"{one['estimate']['ttft_ms']:,.0f} ms")
     Console().print(table)
+    for one in placements:
+        for reason in one.get("reasons", ()):
+            print(f"{one['engine']}: {reason}")

@@ -21,7 +21,7 @@ class Locator:
     def __init__(self, *flags: str, environ: dict[str, str] | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="kvstore-index-")
         self.folder = Path(self._folder.name)
-        self._words = ["kvstore", "index", "--http", "127.0.0.1:0", *flags]
+        self._words = ["kvstore", "index", "--http", "127.0.0.1:0", "--data", "127.0.0.1:0", *flags]
         self._environ = {**os.environ, **(environ or {})}
         self.start()
 
@@ -30,7 +30,7 @@ class Locator:
         self.process = Forked(self._words, self.folder / "log", self._environ)
         line = self.process.stdout.readline()
         assert line.startswith("kvstore index ready: http="), self.log
-        self.http = line.strip().partition("http=")[2]
+        self.http, _, self.data = line.strip().partition("http=")[2].partition(" data=")
 
     @property
     def log(self) -> str:

@@ -17,6 +17,7 @@ from benchmarks.batches import (
 from benchmarks.index_events import LMCACHE, VLLM, Engine, Node
 from benchmarks.lookup import SHAPES, TREE, WITH_SCORES
 from benchmarks.peers import dynamo
+from benchmarks.routers import WAYS
 from kvstore.index.events import BlockStored, decode_batch
 from tests.test_benchmarks import FIELDS, run_quick
 
@@ -71,6 +72,20 @@ def test_ingest_is_measured_from_bytes_to_answers(tmp_path: Path) -> None:
     assert cases["from commit to a lookup that finds it, p99"]["ours"] > 0
     assert cases["dead node with 1M blocks, longest stall while swept"]["ours"] > 0
     assert len(contents["targets"]["ingest"]) == 5
+
+
+@needs_dynamo
+def test_routers_lookups_are_measured_beside_dynamos_indexer(tmp_path: Path) -> None:
+    contents, _ = run_quick(["http", "--rounds", "1"], tmp_path / "rows.json")
+    cases = cases_of(contents)
+    for way in WAYS:
+        for figure, unit in (("lookups", "1/s"), ("CPU", "us"), ("p50", "us")):
+            found = cases[f"{way.name}, 8 engines, half: {figure}"]
+            assert found["unit"] == unit
+            assert set(found["peers"]) == {"dynamo.indexer"}
+            assert found["ours"] > 0
+    assert cases["acquire of 64 blocks beside 1,000 lookups/s, p50"]["limit"]["name"] == "no lookups"
+    assert len(contents["targets"]["http"]) == 6
 
 
 def test_engines_have_as_much_of_a_prompt_as_a_shape_says() -> None:

@@ -7,10 +7,19 @@ from itertools import pairwise, product
 from typing import Any
 
 import pytest
+from dynamo.llm import compute_block_hash_for_seq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.content_keys import KEY_MASK, content_chain, content_keys, event_extras
+from kvstore.content_keys import (
+    KEY_MASK,
+    content_keys,
+    event_extras,
+    event_hashes,
+    local_hashes,
+    salt_of,
+    sequence_hashes,
+)
 from kvstore.engine_hashes import Extra, MediaItem
 from kvstore.errors import InvalidRequest
 
@@ -26,42 +35,48 @@ junk = st.recursive(
 )
 
 
-def content_key(parent: int | None, tokens: Sequence[int], extra: Extra = None) -> int:
-    """The key of the one block of these tokens."""
-    return content_chain(parent, tokens, len(tokens), (extra,))[0]
+def sequence(parent: int | None, tokens: Sequence[int], extra: Extra = None) -> int:
+    """The hash of the prefix that ends with the one block of these tokens."""
+    return sequence_hashes(parent, event_hashes(tokens, len(tokens), (extra,)))[0]
+
+
+def key(tokens: Sequence[int], extra: Extra = None) -> int:
+    """The key of the one block of these tokens, which begins a prompt."""
+    return sequence(None, tokens, extra) & KEY_MASK
 
 
 def test_the_keys_stay_as_they_are() -> None:
     # An index that runs would forget all that it knows by them.
     tokens = [0, 1, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 7, 7, 7]
-    assert content_keys(tokens, 4) == [89264805518655465, 185349651606663361, 311138290566718447]
+    assert content_keys(tokens, 4) == [806328511776102118, 650115859878541382, 233249039573578932]
     assert content_keys(tokens, 4, lora="a", salt="s", media=[MediaItem("p", 1, 4)]) == [
-        1005790942679442124,
-        798952190579625623,
-        495146142333654039,
+        556465155560426097,
+        56630461774054524,
+        112346249515860336,
     ]
 
 
 @settings(deadline=None)
 @given(tokens=prompts, block_tokens=block_sizes, split=st.integers(0, 60))
 def test_a_chain_may_be_made_in_any_steps(tokens: list[int], block_tokens: int, split: int) -> None:
-    keys = content_keys(tokens, block_tokens)
-    assert all(0 <= key <= KEY_MASK for key in keys)
-    split = min(split, len(keys))
-    head = content_chain(None, tokens[: split * block_tokens], block_tokens)
+    sequences = sequence_hashes(None, local_hashes(tokens, block_tokens))
+    assert content_keys(tokens, block_tokens) == [number & KEY_MASK for number in sequences]
+    split = min(split, len(sequences))
+    head = sequence_hashes(None, event_hashes(tokens[: split * block_tokens], block_tokens))
     parent = head[-1] if head else None
-    assert head + content_chain(parent, tokens[split * block_tokens :], block_tokens) == keys
+    tail = event_hashes(tokens[split * block_tokens :], block_tokens)
+    assert head + sequence_hashes(parent, tail) == sequences
     parent = None
-    for start, key in zip(range(0, len(tokens), block_tokens), keys, strict=False):
-        parent = content_key(parent, tokens[start : start + block_tokens])
-        assert parent == key
+    for start, expected in zip(range(0, len(tokens), block_tokens), sequences, strict=False):
+        parent = sequence(parent, tokens[start : start + block_tokens])
+        assert parent == expected
 
 
 @settings(deadline=None)
 @given(tokens=prompts, pages=st.integers(1, 8))
 def test_pairs_that_an_engine_announces_are_those_of_the_prompt(tokens: list[int], pages: int) -> None:
     pairs: list[Any] = [list(pair) for pair in pairwise(tokens)]
-    assert content_chain(None, pairs, pages) == content_keys(tokens, pages, eagle=True)
+    assert event_hashes(pairs, pages) == local_hashes(tokens, pages, eagle=True)
 
 
 @pytest.mark.parametrize(
@@ -86,34 +101,76 @@ def test_pairs_that_an_engine_announces_are_those_of_the_prompt(tokens: list[int
 def test_a_first_block_has_one_key_by_its_event_and_by_its_prompt(
     event: tuple[Any, Any, Any], prompt: dict[str, Any]
 ) -> None:
-    assert (
-        content_key(None, TOKENS[:16], event_extras(*event, first=True))
-        == content_keys(TOKENS, 16, **prompt)[0]
-    )
+    extra = event_extras(*event, first=True)
+    assert key(TOKENS[:16], extra) == content_keys(TOKENS, 16, **prompt)[0]
+    assert salt_of(extra) == prompt.get("salt", "")
 
 
 def test_a_later_block_has_one_key_by_its_event_and_by_its_prompt() -> None:
-    keys = content_keys(TOKENS, 16, lora="a", salt="s", media=[MediaItem("p", 3, 20)])
+    hashes = local_hashes(TOKENS, 16, lora="a", salt="s", media=[MediaItem("p", 3, 20)])
     extra = event_extras("a", "s", ["a", ("p", -13)], first=False)  # SGLang's salt field is on every block
-    assert content_key(keys[0], TOKENS[16:32], extra) == keys[1]
-    assert content_key(keys[1], TOKENS[32:48], event_extras("a", None, ["a"], first=False)) == keys[2]
+    assert event_hashes(TOKENS[16:32], 16, [extra]) == hashes[1:2]
+    # vLLM has the salt with the first alone, which is known then.
+    extra = event_extras("a", None, ["a"], first=False)
+    assert event_hashes(TOKENS[32:48], 16, [extra], salt="s") == hashes[2:3]
+    assert event_hashes(TOKENS[32:], 16, lora="a", salt="s") == hashes[2:]
 
 
 def test_different_contents_have_different_keys() -> None:
     asked = [
         content_keys(TOKENS, 16, lora=lora, salt=salt, media=media)
         for lora, salt, media in product(
-            ("", "x", "y"), ("", "x", "y"), ([], [MediaItem("x", 0, 1)], [MediaItem("x", 1, 1)])
+            ("", "x", "y"),
+            ("", "x", "y"),
+            (
+                [],
+                [MediaItem("x", 0, 1)],
+                [MediaItem("y", 0, 1)],
+                [MediaItem("x", 0, 1), MediaItem("y", 1, 1)],
+            ),
         )
     ]
-    embedded = content_chain(None, TOKENS, 16, [event_extras(None, None, [b"x"], first=True)])
+    embedded = sequence_hashes(None, event_hashes(TOKENS, 16, [event_extras(None, None, [b"z"], first=True)]))
     pairs: list[Any] = list(zip(TOKENS[::2], TOKENS[1::2], strict=True))
-    keys = [*asked, embedded, content_keys(TOKENS, 16, eagle=True), content_chain(None, pairs, 16)]
-    assert len({key for chain in keys for key in chain}) == sum(map(len, keys))
+    keys = [*asked, embedded, content_keys(TOKENS, 16, eagle=True), event_hashes(pairs, 16)]
+    assert len({one for chain in keys for one in chain}) == sum(map(len, keys))
+
+
+def test_media_of_one_block_count_wherever_in_it_they_begin() -> None:
+    # As in Dynamo: the tokens in their places say where.
+    one = content_keys(TOKENS, 16, media=[MediaItem("x", 0, 1), MediaItem("y", 3, 1)])
+    assert one == content_keys(TOKENS, 16, media=[MediaItem("x", 5, 1), MediaItem("y", 2, 1)])
 
 
 def test_a_block_that_follows_another_is_not_the_first_of_a_prompt() -> None:
-    assert len({content_key(parent, TOKENS) for parent in (None, 0, 1, KEY_MASK)}) == 4
+    assert len({sequence(parent, TOKENS) for parent in (None, 0, 1, 2**64 - 1)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "dynamos"),
+    [
+        ({}, {}),
+        ({"lora": "a"}, {"lora_name": "a"}),
+        ({"salt": "té"}, {"cache_namespace": "té"}),
+        ({"lora": "a", "salt": "s"}, {"lora_name": "a", "cache_namespace": "s"}),
+        ({"eagle": True}, {"is_eagle": True}),
+        ({"eagle": True, "salt": "s"}, {"is_eagle": True, "cache_namespace": "s"}),
+    ],
+)
+def test_local_hashes_are_dynamos(prompt: dict[str, Any], dynamos: dict[str, Any]) -> None:
+    tokens = [0, 2**32 - 1, *TOKENS]
+    for size in (1, 16, 64):
+        assert local_hashes(tokens, size, **prompt) == compute_block_hash_for_seq(tokens, size, **dynamos)
+
+
+def test_media_are_hashed_as_dynamo_does() -> None:
+    digests = ["00000000000000ff" + "0" * 48, "0000000000000001" + "f" * 48]
+    media = [MediaItem(digests[0], 3, 5), MediaItem(digests[1], 10, 30)]
+    objects = [{"mm_hash": 255, "offsets": []}, {"mm_hash": 1, "offsets": []}]
+    infos = [{"mm_objects": some} for some in (objects, objects[1:], objects[1:])]
+    assert local_hashes(TOKENS, 16, lora="a", media=media) == compute_block_hash_for_seq(
+        TOKENS, 16, [*infos, None], lora_name="a"
+    )
 
 
 # Bad input
@@ -126,7 +183,7 @@ def test_rubbish_is_refused_or_hashed(lora: Any, salt: Any, extra_keys: Any, fir
         extra = event_extras(lora, salt, extra_keys, first)
     except InvalidRequest:
         return
-    assert 0 <= content_key(None, TOKENS, extra) <= KEY_MASK
+    assert 0 <= key(TOKENS, extra) <= KEY_MASK
 
 
 @pytest.mark.parametrize(
@@ -158,7 +215,7 @@ def test_a_salt_on_a_later_block_is_refused() -> None:
 )
 def test_bad_tokens_are_named(tokens: list[Any]) -> None:
     with pytest.raises(InvalidRequest, match=r"^token "):
-        content_chain(None, tokens, 1)
+        event_hashes(tokens, 1)
 
 
 def test_blocks_without_tokens_are_refused() -> None:
@@ -166,7 +223,7 @@ def test_blocks_without_tokens_are_refused() -> None:
         with pytest.raises(InvalidRequest, match=f"block_tokens is {block_tokens}; give at least 1"):
             content_keys(TOKENS, block_tokens)
         with pytest.raises(InvalidRequest, match=f"block_tokens is {block_tokens}; give at least 1"):
-            content_chain(None, TOKENS, block_tokens)
+            event_hashes(TOKENS, block_tokens)
 
 
 def test_a_package_that_is_not_installed_is_asked_for() -> None:

@@ -3,10 +3,6 @@
 import contextlib
 import json
 import random
-import subprocess
-import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +13,7 @@ from kvstore.block import Namespace
 from kvstore.client import StoreClient
 from kvstore.engine_hashes import vllm_block_hashes
 from kvstore.engine_keys import vllm_scheme
+from tests.dynamo_indexer import DynamoIndexer
 from tests.locator import Locator
 from tests.node import Node, free_ports, wait_for
 
@@ -27,51 +24,28 @@ ENGINE: Final = "10.0.0.5:8000"
 STEPS: Final = 40
 
 
-class Dynamo:
-    """`python -m dynamo.indexer`, told of one worker."""
+def worker(publish: str, replay: str) -> dict[str, Any]:
+    """What Dynamo is told of the daemon: it publishes as an engine does."""
+    return {
+        "instance_id": 7,
+        "endpoint": f"tcp://{publish}",
+        "replay_endpoint": f"tcp://{replay}",
+        "model_name": MODEL,
+        "block_size": BLOCK_TOKENS,
+    }
 
-    def __init__(self, log: Path, publish: str, replay: str) -> None:
-        self._url = f"http://127.0.0.1:{free_ports(1)[0]}"
-        port = self._url.rpartition(":")[2]
-        with log.open("wb") as out:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "dynamo.indexer", "--port", port, "--threads", "1"],
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
-        worker = {
-            "instance_id": 7,
-            "endpoint": f"tcp://{publish}",
-            "replay_endpoint": f"tcp://{replay}",
-            "model_name": MODEL,
-            "block_size": BLOCK_TOKENS,
-        }
-        wait_for(lambda: self._is_up() and self._post("/register", worker)["status"] == "ok")
 
-    def tokens(self, prompt: list[int], salt: str) -> tuple[int, int]:
-        """Leading tokens in host memory, and on disk or nearer."""
-        question: dict[str, Any] = {"token_ids": prompt, "model_name": MODEL}
-        if salt:
-            question["cache_salt"] = salt
-        found = self._post("/query", question)["instances"].get("7", {"cpu": 0, "disk": 0})
-        return found["cpu"], found["disk"]
-
-    def _is_up(self) -> bool:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self._url}/health", timeout=5):
-            return True
-        return False
-
-    def _post(self, path: str, body: Any) -> Any:
-        request = urllib.request.Request(
-            self._url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            return json.load(answer)
-
-    def stop(self) -> None:
-        """End it."""
-        self._process.terminate()
-        self._process.wait(20)
+def tokens_of(indexer: DynamoIndexer | Locator, prompt: list[int], salt: str) -> tuple[int, int]:
+    """Leading tokens of the daemon in host memory, and on disk or nearer."""
+    question: dict[str, Any] = {"token_ids": prompt, "model_name": MODEL}
+    if salt:
+        question["cache_salt"] = salt
+    status, text = indexer.ask("/query", question)
+    if status == 404:  # nothing of the model was heard
+        return 0, 0
+    instance = "7" if isinstance(indexer, DynamoIndexer) else ENGINE
+    found = json.loads(text)["instances"].get(instance, {"cpu": 0, "disk": 0})
+    return found["cpu"], found["disk"]
 
 
 class Story:
@@ -108,15 +82,16 @@ class Story:
                 write.commit()
 
 
-def agree(story: Story, store: StoreClient, dynamo: Dynamo, index: Locator) -> bool:
-    """Whether both know of every prompt what the daemon has."""
+def agree(story: Story, store: StoreClient, dynamo: DynamoIndexer, index: Locator) -> bool:
+    """Whether both know of every prompt what the daemon has, ours by both of its questions."""
     for prompt in story.prompts:
         for salt in ("", "tenant"):
             keys = vllm_block_hashes(prompt, BLOCK_TOKENS, salt=salt)
             has = store.hit_length(story.namespace(salt), keys)
             one = index.placements(model=MODEL, tokens=prompt, salt=salt).get(ENGINE, {"dram": 0, "nvme": 0})
             ours = one["dram"], one["nvme"]
-            if not ours == dynamo.tokens(prompt, salt) == (BLOCK_TOKENS * has.dram, BLOCK_TOKENS * has.nvme):
+            asked = [tokens_of(indexer, prompt, salt) for indexer in (dynamo, index)]
+            if {ours, *asked} != {(BLOCK_TOKENS * has.dram, BLOCK_TOKENS * has.nvme)}:
                 return False
     return True
 
@@ -139,15 +114,16 @@ def config(tmp_path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def both(node: Node, folder: Path) -> Iterator[tuple[Dynamo, Locator]]:
+def both(node: Node, folder: Path) -> Iterator[tuple[DynamoIndexer, Locator]]:
     """Dynamo's indexer and ours, which follow the daemon."""
-    dynamo = Dynamo(folder / "dynamo.log", node.endpoint("publish"), node.endpoint("replay"))
-    try:
-        with Locator("--node", node.endpoint("feed")) as index:
-            index.ready()
-            yield dynamo, index
-    finally:
-        dynamo.stop()
+    question = worker(node.endpoint("publish"), node.endpoint("replay"))
+    with (
+        DynamoIndexer(folder / "dynamo.log") as dynamo,
+        Locator("--node", node.endpoint("feed")) as index,
+    ):
+        index.ready()
+        assert dynamo.ask("/register", question)[0] == 201
+        yield dynamo, index
 
 
 def test_dynamo_agrees_while_blocks_move_down_to_a_disk(tmp_path: Path, config: Path) -> None:
@@ -161,7 +137,8 @@ def test_dynamo_agrees_while_blocks_move_down_to_a_disk(tmp_path: Path, config: 
             if story.random.random() < 0.2:
                 wait_for(lambda: agree(story, store, dynamo, index))
         wait_for(lambda: agree(story, store, dynamo, index))
-        assert any(dynamo.tokens(prompt, "")[1] > dynamo.tokens(prompt, "")[0] for prompt in story.prompts)
+        known = [tokens_of(dynamo, prompt, "") for prompt in story.prompts]
+        assert any(disk > memory for memory, disk in known)
 
 
 def test_dynamo_agrees_after_a_daemon_was_killed_and_started_again(tmp_path: Path, config: Path) -> None:
@@ -172,7 +149,24 @@ def test_dynamo_agrees_after_a_daemon_was_killed_and_started_again(tmp_path: Pat
                 for _ in range(10):
                     story.step(store)
                 wait_for(lambda: agree(story, store, dynamo, index))
-            assert any(dynamo.tokens(prompt, "")[0] for prompt in story.prompts)
+            assert any(tokens_of(dynamo, prompt, "")[0] for prompt in story.prompts)
             if life < 2:
                 node.kill()
                 node.start()
+
+
+def test_an_index_that_was_killed_catches_up_once_a_router_registers_again(config: Path) -> None:
+    prompt = list(range(1, 1 + 3 * BLOCK_TOKENS))
+    namespace = Namespace(MODEL, block_tokens=BLOCK_TOKENS, scheme=vllm_scheme())
+    with Node("64MiB", "--config", str(config)) as node, node.client() as store, Locator() as index:
+        keys = vllm_block_hashes(prompt, BLOCK_TOKENS)
+        with store.reserve(namespace, keys, BLOCK_BYTES, parent=b"", tokens=prompt, wait_s=5) as write:
+            write.commit()
+        question = worker(node.endpoint("publish"), node.endpoint("replay"))
+        asked = {"token_ids": prompt, "model_name": MODEL}
+        for life in range(2):
+            assert index.ask("/register", question)[0] == 201
+            wait_for(lambda: '"cpu":48' in index.ask("/query", asked)[1])
+            if not life:
+                index.kill()
+                index.start()

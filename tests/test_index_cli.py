@@ -47,7 +47,7 @@ def http() -> str:
 def node(http: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """A daemon with an index beside it, and some blocks."""
     path = tmp_path_factory.mktemp("node") / "node.toml"
-    path.write_text(f'node = "a = b"\n[events]\nfeed = "127.0.0.1:0"\n[index]\nhttp = "{http}"\n')
+    path.write_text(f'node = "a = b"\n[events]\nfeed = "127.0.0.1:0"\n[index]\nhttp = "{http}"\ndata = ""\n')
     with Node("16MiB", "--config", str(path), "--index") as node:
         with node.client() as store, store.reserve(SPACE, vllm_block_hashes(TOKENS, 16), 64) as write:
             write.commit()
@@ -88,6 +88,10 @@ def test_a_lookup_of_an_index_prints_who_has_how_many_tokens(beside: Beside, tmp
     (tmp_path / "tokens").write_text(json.dumps(TOKENS))
     table = Command("lookup", "--tokens", str(tmp_path / "tokens"), "--model", "m", *url).text
     assert re.search(r"a = b +│ +0 +│ +96 +│ +96 +│ +96 +│ +0\.\d s", table)
+    assert re.search(r"0\.\d s │ +\d+ ms", table)
+    words = ["--tokens", str(tmp_path / "tokens"), "--model", "m", "--explain", "--top", "1"]
+    explained = Command("lookup", *words, *url).text
+    assert "a = b: computes 100 tokens in " in explained or "a = b: loads 96 tokens from dram" in explained
     spaced = " ".join(map(str, TOKENS)).encode()
     answer = Command("lookup", "--tokens", "-", "--model", "m", "--json", *url, stdin=spaced).text
     (one,) = json.loads(answer)

@@ -309,7 +309,7 @@ def index_apart(apart: Apart, folder: Path, feed: str, key: Path) -> Iterator[Lo
         line = process.stdout.readline()
         assert "ready" in line, (folder / "index.log").read_text()
         asking = object.__new__(Locator)
-        asking.http = line.strip().partition("http=")[2]
+        asking.http = line.split("http=")[1].split()[0]
         yield asking
     finally:
         process.terminate()

@@ -43,7 +43,7 @@ def test_daemons_and_an_index_with_a_prefix_of_their_own_find_each_other_and_nob
     """Also where the index runs beside the daemon, and has its settings."""
     with Server() as redis:
         shared = f'[redis]\nurl = "{redis.url}"\nprefix = "prod"\n'
-        beside = f'[index]\nhttp = "127.0.0.1:{free_ports(1)[0]}"\nnodes = ["{redis.url}"]\n'
+        beside = f'[index]\nhttp = "127.0.0.1:{free_ports(1)[0]}"\ndata = ""\nnodes = ["{redis.url}"]\n'
         alone = tmp_path / "index.toml"
         alone.write_text(f'{shared}[index]\nnodes = ["{redis.url}"]\n')
         with (

@@ -83,6 +83,7 @@ class DynamoIndexer:
         command = [sys.executable, "-m", "dynamo.indexer", "--port", str(port), "--threads", str(_THREADS)]
         self._process = start_process(command, log)
         self.pid = self._process.pid
+        self.port = port
         self._http = Http(port)
         try:
             wait_for(lambda: listens(port), self._process, log)

@@ -21,9 +21,9 @@ from typing import Final, cast
 import msgspec
 
 from kvstore.block import Medium, Namespace
-from kvstore.content_keys import KEY_MASK, content_chain, event_extras
+from kvstore.content_keys import KEY_MASK, event_extras, event_hashes, salt_of, sequence_hashes
 from kvstore.engine_hashes import Extra
-from kvstore.engine_keys import engine_key, engine_keys
+from kvstore.engine_keys import engine_hash64, engine_key, engine_keys
 from kvstore.errors import InvalidRequest, ProtocolError
 from kvstore.index.engine_group import OWN_SCHEME, EngineGroup
 from kvstore.index.engine_source import EngineSource
@@ -110,9 +110,14 @@ class EngineBlocks:
                 return
             group.restore(saved)
 
+    def translations(self) -> Iterator[tuple[Namespace, Translation]]:
+        """What the engine's hashes stand for, of its first group."""
+        group = self._groups.get(0)
+        return iter(group.translations.items() if group is not None else ())
+
     def pass_over(self, topic: bytes) -> None:
         """A batch has come under a topic that is not the source's."""
-        if not self.ignored[Ignored.TOPIC]:
+        if self._source.topic is not None and not self.ignored[Ignored.TOPIC]:
             logger.warning(
                 "engine %s publishes under the topic %.80r and not under %r, which is configured; such "
                 "batches are passed over, and from now on counted",
@@ -155,7 +160,7 @@ class EngineBlocks:
         if group.no_prefix:
             return self._ignore(Ignored.KIND)
         hashes = _keys(event.block_hashes)
-        if event.lora_id is not None and not event.lora_name:
+        if event.lora_id is not None and not event.lora_name and not self._source.lora:
             return self._refuse(Ignored.LORA, hashes)
         if self._refused and _parent(event) in self._refused:
             return self._refuse(Ignored.REFUSED, hashes)
@@ -192,30 +197,43 @@ class EngineBlocks:
         space = group.own_space(event.block_size, in_pairs)
         if space is None:
             return self._ignore(Ignored.BLOCK_SIZE)
-        translation = group.translations.setdefault(space, Translation())
-        parent = _parent(event)
-        before = None if parent is None else translation.key(parent)
-        if parent is not None and before is None:
-            self.orphans += len(hashes)
-            return None
-        keys = content_chain(before, cast(Sequence[int], tokens), event.block_size, _extras(event))
-        if len(keys) != len(hashes) or len(tokens) != len(keys) * event.block_size:
+        if len(tokens) != len(hashes) * event.block_size:
             raise ProtocolError(
                 f"{len(hashes)} blocks of {event.block_size} tokens with {len(tokens)} tokens"
             )
+        translation = group.translation(space)
+        parent = _parent(event)
+        before = None if parent is None else translation.sequence(parent)
+        if parent is not None and before is None:
+            self.orphans += len(hashes)
+            return None
+        extras = _extras(event)
+        salt = salt_of(extras[0] if extras else None) or ("" if parent is None else translation.salt(parent))
+        if self._source.salt and salt not in ("", self._source.salt):
+            return self._refuse(Ignored.SALT, hashes)
+        salt = salt or self._source.salt
+        locals_ = event_hashes(
+            cast(Sequence[int], tokens), event.block_size, extras, lora=self._source.lora, salt=salt
+        )
         if sum([len(other) for other in group.translations.values()]) >= self.holding.blocks_max:
             return self._lose(Ignored.LIMIT)
-        translation.stored(hashes, keys, medium)
-        return self._place(space, medium, keys, ROOT if before is None else before)
+        sequences = sequence_hashes(before, locals_)
+        translation.stored(hashes, sequences, medium, salt)
+        if translation.lineage is not None:
+            translation.lineage.stored(
+                hashes, list(map(engine_hash64, event.block_hashes)), locals_, _parent64(event)
+            )
+        keys = [sequence & KEY_MASK for sequence in sequences]
+        return self._place(space, medium, keys, ROOT if before is None else before & KEY_MASK)
 
     def _stored_again(self, group: EngineGroup, medium: Medium, hashes: Sequence[int]) -> None:
         """Blocks without tokens, which are known if they were there with them."""
         for engine_hash in hashes:
             for space, translation in group.translations.items():
-                key = translation.key(engine_hash)
-                if key is not None:
-                    translation.stored([engine_hash], [key], medium)
-                    self._place(space, medium, [key], None)
+                sequence = translation.sequence(engine_hash)
+                if sequence is not None:
+                    translation.stored([engine_hash], [sequence], medium)
+                    self._place(space, medium, [sequence & KEY_MASK], None)
                     break
             else:
                 self.orphans += 1
@@ -286,7 +304,9 @@ class EngineBlocks:
         if not group.translations or event.has_tokens:
             return False
         return any(
-            one.key(engine_hash) is not None for one in group.translations.values() for engine_hash in hashes
+            one.sequence(engine_hash) is not None
+            for one in group.translations.values()
+            for engine_hash in hashes
         )
 
     def _ignore(self, why: Ignored) -> None:
@@ -328,6 +348,10 @@ def _medium(event: BlockStored | BlockRemoved) -> Medium | None:
 
 def _parent(event: BlockStored) -> int | None:
     return None if event.parent_block_hash is None else engine_key(event.parent_block_hash)
+
+
+def _parent64(event: BlockStored) -> int | None:
+    return None if event.parent_block_hash is None else engine_hash64(event.parent_block_hash)
 
 
 def _keys(hashes: list[Hash]) -> list[int]:

@@ -5,7 +5,7 @@ from typing import Final
 
 from kvstore.block import Namespace
 from kvstore.index.engine_source import EngineSource
-from kvstore.index.saved import SavedGroup, SavedTranslation
+from kvstore.index.saved import SavedGroup
 from kvstore.index.translation import Translation
 
 # The scheme of keys of our own.
@@ -61,10 +61,17 @@ class EngineGroup:
         self._own_spaces[size, in_pairs] = space
         return space
 
+    def translation(self, space: Namespace) -> Translation:
+        """What the engine's hashes stand for in one of `own_space`, made if need be."""
+        translation = self.translations.get(space)
+        if translation is None:
+            translation = self.translations[space] = Translation(traced=self._source.traced)
+        return translation
+
     def save(self) -> SavedGroup:
         """What to make it of again."""
         ways = [(way, space) for way, space in self._own_spaces.items() if space in self.translations]
-        translations = [SavedTranslation(*way, *self.translations[space].save()) for way, space in ways]
+        translations = [self.translations[space].save(*way) for way, space in ways]
         return SavedGroup(self._number, self.no_prefix, list(self._size_to_space), translations)
 
     def restore(self, saved: SavedGroup) -> None:
@@ -75,7 +82,7 @@ class EngineGroup:
         for each in saved.translations:
             space = self.own_space(each.block_tokens, each.in_pairs)
             if space is not None:
-                self.translations[space] = Translation(each.living, each.removed)
+                self.translation(space).restore(each)
 
     def _space(self, size: int, scheme: str) -> Namespace:
         return Namespace(self._source.model, size, group=str(self._number), scheme=scheme)

@@ -21,7 +21,8 @@ class EngineSource:
     `name` is the engine's address as routers know it, with "#RANK" where ranks have caches of their own.
     `block_tokens` are those of one hash, `scheme` is how the engine hashes (see `kvstore.engine_keys`), or
     "tokens" to hash anew whatever it publishes. Without `replay` what is missed is lost. Batches count
-    whose topic is `topic`, not only begins with it.
+    whose topic is `topic`, not only begins with it; None is the first that it `may_use`. `lora` and `salt`
+    are of blocks whose events name none. Of a `traced` one it is kept what each block follows: `Lineage`.
     """
 
     name: str
@@ -31,7 +32,16 @@ class EngineSource:
     scheme: str
     endpoint: str
     replay: str = ""
-    topic: str = ""
+    topic: str | None = ""
+    lora: str = ""
+    salt: str = ""
+    traced: bool = False
+
+    def may_use(self, topic: bytes) -> bool:
+        """Whether it may be this source's topic: kv@ENGINE@MODEL says whose it is."""
+        if self.topic is not None:
+            return topic == self.topic.encode()
+        return not topic.startswith(b"kv@") or topic.endswith(b"@" + self.model.encode())
 
     @property
     def canonical(self) -> bytes:

@@ -62,8 +62,8 @@ class EngineStream:
     def __init__(self, source: EngineSource, locality: Locality) -> None:
         self.source = source
         self._locality = locality
-        self._topic = source.topic.encode()
-        self._blocks = EngineBlocks(source, self._fresh())
+        self._topic: bytes | None = None
+        self.blocks = EngineBlocks(source, self._fresh())
         self._counts = StreamCounts()
         self._standing = Standing(locality, source.name)
         self._next = 0
@@ -108,6 +108,7 @@ class EngineStream:
         if self._next and not self.source.replay:
             self._begin()
         self._connected = False
+        self._topic = None
         self._standing.lost(now_s)
 
     def tick(self, now_s: float) -> None:
@@ -122,8 +123,8 @@ class EngineStream:
 
     def batch(self, seq: int, topic: bytes, payload: bytes, now_s: float) -> None:
         """A batch has come. Raises nothing, whatever it is."""
-        if topic != self._topic:
-            self._blocks.pass_over(topic)
+        if not self._is_ours(topic):
+            self.blocks.pass_over(topic)
             return
         if seq > _SEQ_MAX:
             self.malformed()
@@ -167,8 +168,8 @@ class EngineStream:
         replay = self._replay
         if replay is None:
             return
-        if topic != self._topic:
-            self._blocks.pass_over(topic)
+        if not self._is_ours(topic):
+            self.blocks.pass_over(topic)
         elif seq > _SEQ_MAX:
             self.malformed()
         elif seq < replay.expected:
@@ -213,11 +214,11 @@ class EngineStream:
     def close(self) -> None:
         """Forget the engine."""
         self._standing.trust()
-        self._locality.close(self._blocks.holding)
+        self._locality.close(self.blocks.holding)
 
     def statistics(self) -> SourceStatistics:
         """The state and the counts of now."""
-        blocks = self._blocks
+        blocks = self.blocks
         return SourceStatistics(
             name=self.source.name,
             kind=self.source.kind,
@@ -244,13 +245,13 @@ class EngineStream:
             self._next,
             self._marks.entries,
             self._published_s,
-            self._blocks.incomplete,
-            self._blocks.save(),
+            self.blocks.incomplete,
+            self.blocks.save(),
         )
 
     def restore(self, saved: SavedEngine, holding: Holding) -> None:
         """Be as one whose connection is lost: it answers when a replay has shown the same process."""
-        self._blocks.restore(saved.groups, holding, incomplete=saved.incomplete)
+        self.blocks.restore(saved.groups, holding, incomplete=saved.incomplete)
         self._next, self._published_s = saved.next_seq, saved.published_s
         self._marks = Marks(saved.marks)
         self._standing.doubt()
@@ -267,11 +268,11 @@ class EngineStream:
             batch = decode_batch(payload)
         except ProtocolError:
             self._counts.undecodable += 1
-            self._blocks.incomplete = True
+            self.blocks.incomplete = True
             return
         self._published_s = batch.at_s
         self._counts.events += len(batch.events)
-        self._blocks.apply(batch)
+        self.blocks.apply(batch)
 
     def _follow(self, now_s: float) -> None:
         """Apply what was held for what has come now."""
@@ -290,7 +291,7 @@ class EngineStream:
         """What is before this number is lost."""
         if seq > self._next:
             self._counts.lost += seq - self._next
-            self._blocks.incomplete = True
+            self.blocks.incomplete = True
             self._next = seq
 
     def _go_on_alone(self, now_s: float) -> None:
@@ -311,6 +312,12 @@ class EngineStream:
         self._follow(now_s)
 
     # Which process.
+
+    def _is_ours(self, topic: bytes) -> bool:
+        """Whether it is the topic that counts: the first one that may be."""
+        if self._topic is None and self.source.may_use(topic):
+            self._topic = topic
+        return topic == self._topic
 
     def _is_another(self, seq: int, payload: bytes) -> bool:
         """Whether a batch with a number that is over is of another process."""
@@ -379,7 +386,7 @@ class EngineStream:
 
     def _begin(self) -> None:
         """Forget all that is known."""
-        self._blocks.begin(self._fresh())
+        self.blocks.begin(self._fresh())
         self._next = 0
         self._marks = Marks()
         self._published_s = -math.inf

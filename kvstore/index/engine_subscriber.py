@@ -53,7 +53,7 @@ class EngineSubscriber:
         self._source = source
         socket = watched(context, zmq.SUB, _FRAME_BYTES_MAX)
         socket.setsockopt(zmq.RCVHWM, _BATCHES_MAX)
-        socket.setsockopt(zmq.SUBSCRIBE, source.topic.encode())
+        socket.setsockopt(zmq.SUBSCRIBE, (source.topic or "").encode())
         monitor = socket.get_monitor_socket(_WATCHED)
         socket.connect(source.endpoint)
         self.stream = EngineStream(source, locality)

@@ -125,6 +125,10 @@ class Holding:
         """Where its blocks of a namespace are, if it has had any."""
         return self._places.get(namespace)
 
+    def slot(self, shard: str) -> int | None:
+        """The slot of what it has in a shard, if it has had any."""
+        return self._shard_to_slot.get(shard)
+
     def save(self) -> SavedHolding:
         """What to go on from after a restart, but for the tables."""
         blocks = [(namespace.canonical, place.blocks) for namespace, place in self._places.items()]

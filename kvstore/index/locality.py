@@ -13,7 +13,7 @@ node with a million blocks costs lookups nothing. `tend` takes away what it leav
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, cast
 
@@ -61,13 +61,18 @@ class _Remains:
 
 
 class Locality:
-    """All that is known. One owner calls it, from one thread."""
+    """All that is known. One owner calls it, from one thread.
+
+    `namespace_changes` and `holder_changes` count how often a namespace, or a publisher, an engine or the
+    slots of one have come or gone: what somebody has made of those is good for as long as they stand.
+    """
 
     def __init__(self, *, blocks_max: int = HOLDING_BLOCKS_MAX) -> None:
         self._blocks_max = blocks_max
         self._masks = Masks()
         self._tables: dict[Namespace, Table] = {}
         self._model_salt: dict[tuple[str, str], dict[Namespace, Table]] = {}
+        self._models: Counter[str] = Counter()  # namespaces of each
         self._shown: dict[str, Holding] = {}
         self._muted: set[str] = set()
         self._live = 0
@@ -77,6 +82,8 @@ class Locality:
         self._waiting = _Remains()  # until masks are clear of those before
         self._clearing: _Remains | None = None
         self._engines: tuple[Engine, ...] = ()
+        self.namespace_changes = 0
+        self.holder_changes = 0
 
     # Publishers.
 
@@ -127,6 +134,7 @@ class Locality:
     def set_engines(self, engines: Iterable[Engine]) -> None:
         """Answer for these engines from now on."""
         self._engines = tuple(engines)
+        self.holder_changes += 1
 
     @property
     def engines(self) -> tuple[Engine, ...]:
@@ -138,6 +146,11 @@ class Locality:
     def namespaces(self, model: str, salt: str) -> Sequence[Namespace]:
         """Those of a model and a salt of which somebody has blocks; shards of a set are one, with rank 0."""
         return list(self._model_salt.get((model, salt), ()))
+
+    @property
+    def models(self) -> Collection[str]:
+        """Those of which somebody has blocks."""
+        return self._models.keys()
 
     def blocks_of(self, namespace: Namespace) -> int:
         """How many blocks somebody has of one of `namespaces`, each counted once."""
@@ -165,6 +178,8 @@ class Locality:
         if table is None:
             table = self._tables[space] = Table(self._masks, space)
             self._model_salt.setdefault((space.model, space.salt), {})[space] = table
+            self._models[space.model] += 1
+            self.namespace_changes += 1
         table.users += 1
         return table
 
@@ -173,7 +188,11 @@ class Locality:
         table.users -= users
         if not table.users:
             space = table.namespace
+            self.namespace_changes += 1
             del self._tables[space]
+            self._models[space.model] -= 1
+            if not self._models[space.model]:
+                del self._models[space.model]
             siblings = self._model_salt[space.model, space.salt]
             del siblings[space]
             if not siblings:
@@ -186,6 +205,7 @@ class Locality:
         """
         if self._name_to_dead[holding.name] >= _DEAD_SLOTS_MAX:
             return None
+        self.holder_changes += 1
         if self._free_slots:
             slot = self._free_slots.pop()
         else:
@@ -196,6 +216,7 @@ class Locality:
         return slot
 
     def _see(self) -> None:
+        self.holder_changes += 1
         self._live = 0
         for name, holding in self._shown.items():
             if name not in self._muted:

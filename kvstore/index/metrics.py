@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from kvstore.index.engine_source import SourceStatistics
+from kvstore.index.lookup_server import LookupServer
 from kvstore.index.node_state import NodeStreamStatistics
 from kvstore.index.saver import Saver
 from kvstore.index.service import IndexStatistics
@@ -49,6 +50,11 @@ class IndexCollector(Collector):
         yield _gauge(
             "loop_late_max_seconds", "Longest lateness of the event loop since start", now.late_max_s
         )
+        yield _gauge(
+            "loop_stall_max_seconds",
+            "Longest lateness of the event loop since start for which the process worked itself",
+            now.stall_max_s,
+        )
         yield _histogram("loop_late_seconds", "How late the event loop came to what was due", now.late)
         yield _histogram("lookup_seconds", "Seconds that lookups took, without HTTP", now.lookups)
         yield CounterMetricFamily(
@@ -58,6 +64,8 @@ class IndexCollector(Collector):
         )
         yield _publishers(now)
         yield from _totals(now)
+        yield from _speeds(now)
+        yield from _reserving(now)
         yield _ignored(now)
         yield from _each(now)
 
@@ -102,6 +110,39 @@ def _totals(now: IndexStatistics) -> Iterator[Metric]:
         engine_name = "undecodable" if name == "malformed" else name
         counters.add_metric(["engine"], sum(getattr(engine, engine_name, 0) for engine in now.engines))
         yield counters
+
+
+def _speeds(now: IndexStatistics) -> Iterator[Metric]:
+    """What daemons have measured of themselves."""
+    labels = ["node", "medium"]
+    latency = GaugeMetricFamily(
+        "kvstore_index_node_latency_seconds", "Seconds until a medium's first byte is there", labels=labels
+    )
+    bandwidth = GaugeMetricFamily(
+        "kvstore_index_node_bytes_per_second", "Bytes per second from a medium, from then on", labels=labels
+    )
+    for node, speeds in now.speeds.speeds.items():
+        for medium, speed in speeds.items():
+            latency.add_metric([node, medium], speed.latency_s)
+            bandwidth.add_metric([node, medium], speed.bytes_per_s)
+    yield from (latency, bandwidth)
+    yield CounterMetricFamily(
+        "kvstore_index_refused_measures", "Figures of daemons that could not be", value=now.speeds.refused
+    )
+
+
+def _reserving(now: IndexStatistics) -> Iterator[Metric]:
+    """What became of reserves, and of the holds that they are made of."""
+    yield _gauge("reserves_open", "Reserves that are not over", now.reserving.open)
+    for name, text in (
+        ("reserves", "Reserves begun"),
+        ("released", "Reserves ended before their time"),
+        ("expired", "Reserves ended by their time"),
+        ("refused", "Holds that daemons refused"),
+        ("unanswered", "Holds that daemons did not answer in time"),
+    ):
+        what = name if name == "reserves" else f"reserves_{name}"
+        yield CounterMetricFamily(f"kvstore_index_{what}", text, value=getattr(now.reserving, name))
 
 
 def _ignored(now: IndexStatistics) -> Metric:
@@ -166,12 +207,37 @@ class SaverCollector(Collector):
         yield _gauge("snapshot_fork_seconds", "How long the last snapshot held lookups up", saver.fork_s)
 
 
-def exposition(read: Callable[[], IndexStatistics], saver: Saver | None) -> Callable[[], bytes]:
+class LookupsCollector(Collector):
+    """What is told of compact lookups."""
+
+    def __init__(self, server: LookupServer) -> None:
+        self._server = server
+
+    def collect(self) -> Iterator[Metric]:
+        server = self._server
+        yield _gauge("compact_connections", "Routers connected for compact lookups", server.connections)
+        for name, text, count in (
+            ("compact_lookups", "Compact lookups answered", server.lookups),
+            ("compact_refused", "Requests for compact lookups that were refused", server.refused),
+        ):
+            yield CounterMetricFamily(f"kvstore_index_{name}", text, value=count)
+
+
+def exposition(
+    read: Callable[[], IndexStatistics],
+    saver: Saver | None,
+    lookups: LookupServer | None = None,
+    *others: Collector,
+) -> Callable[[], bytes]:
     """A function that gives the text of /metrics."""
     registry = CollectorRegistry()
     registry.register(IndexCollector(read))
     if saver is not None:
         registry.register(SaverCollector(saver))
+    if lookups is not None:
+        registry.register(LookupsCollector(lookups))
+    for each in others:
+        registry.register(each)
     return lambda: generate_latest(registry)
 
 

@@ -58,7 +58,7 @@ def placements(
     """
     families: dict[Namespace, dict[str, list[_Part]]] = {}
     for part in map(_Part, found):
-        groups = families.setdefault(_family_of(part.space), {})
+        groups = families.setdefault(family_of(part.space), {})
         groups.setdefault(part.space.group, []).append(part)
     answers = []
     for engine in engines:
@@ -93,7 +93,7 @@ class _Part:
         self.model = space.model
         self.space = space
         self.shards = [shard_of(space, rank, world) for rank in range(world)]
-        self.slot_to_tokens = _by_slot(found.groups, space.block_tokens)
+        self.slot_to_tokens = by_slot(found.groups, space.block_tokens)
 
     def near(self, nodes: Sequence[str], holdings: Mapping[str, Holding]) -> _Tokens | None:
         """Leading tokens that the nodes have all shards of; None if they have no block of any."""
@@ -133,12 +133,13 @@ def _least(several: Sequence[_Tokens]) -> _Tokens:
     return several[0] if len(several) == 1 else tuple(map(min, *several))
 
 
-def _by_slot(groups: Sequence[tuple[int, int]], block_tokens: int) -> dict[int, Sequence[int]]:
+def by_slot(groups: Sequence[tuple[int, int]], block_tokens: int) -> dict[int, Sequence[int]]:
+    """What each slot has in tokens, by medium."""
     found: dict[int, Sequence[int]] = {}
     for depth, bits in groups:
         tokens = depth * block_tokens
         known: dict[int, Sequence[int]] = {}
-        for slot, media in _slots(bits):
+        for slot, media in slots_of(bits):
             fresh = known.get(media)
             if fresh is None:
                 fresh = known[media] = [tokens * one for one in _ONES[media]]
@@ -147,7 +148,7 @@ def _by_slot(groups: Sequence[tuple[int, int]], block_tokens: int) -> dict[int, 
     return found
 
 
-def _slots(bits: int) -> Iterable[tuple[int, int]]:
+def slots_of(bits: int) -> Iterable[tuple[int, int]]:
     """The slots of some bits, each with its media."""
     if bits.bit_count() > _MANY:
         digits = f"{bits:x}"  # one for each slot
@@ -162,6 +163,6 @@ def _slots(bits: int) -> Iterable[tuple[int, int]]:
 
 
 @lru_cache(NAMESPACES_MAX)
-def _family_of(namespace: Namespace) -> Namespace:
+def family_of(namespace: Namespace) -> Namespace:
     """What namespaces of one kind of blocks have in common, whatever their groups' blocks are long."""
     return replace(namespace, group="", block_tokens=1)

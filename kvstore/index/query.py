@@ -172,6 +172,11 @@ def _made(query: Query, space: Namespace) -> Sequence[Key]:
     return keys or ()
 
 
+def are_numbers(scheme: str) -> bool:
+    """Whether the index has keys of a scheme as numbers, and not as the bytes that they are."""
+    return scheme.startswith("vllm-") or scheme in _NUMBERED
+
+
 @lru_cache(1024)
 def _say_many(model: str) -> None:
     logger.warning(
@@ -189,7 +194,7 @@ def _say_unknown(scheme: str, model: str, reason: str) -> None:
 
 
 def _given(scheme: str, keys: Sequence[int] | Sequence[bytes]) -> Sequence[Key]:
-    if scheme.startswith("vllm-") or scheme in _NUMBERED:
+    if are_numbers(scheme):
         return engine_keys(keys)
     check_keys(keys)  # type: ignore[arg-type]
     return keys

@@ -52,12 +52,15 @@ class SavedNode(msgspec.Struct, array_like=True, gc=False):
 
 
 class SavedTranslation(msgspec.Struct, array_like=True, gc=False):
-    """Our keys of an engine's hashes, in one of its namespaces."""
+    """What an engine's hashes stand for, in one of its namespaces; `media` are bits, in `living`'s order."""
 
     block_tokens: int
     in_pairs: bool
     living: dict[int, int]
+    media: bytes
     removed: dict[int, int]
+    salts: dict[int, str]
+    lineage: dict[int, bytes]
 
 
 class SavedGroup(msgspec.Struct, array_like=True, gc=False):

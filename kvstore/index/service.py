@@ -16,8 +16,14 @@ from typing import Final
 
 import zmq
 
+from kvstore.block import Namespace
+from kvstore.errors import ConfigError, InvalidRequest
+from kvstore.index.answer import Answer, Located, best_first, prompt_tokens_of
+from kvstore.index.compact import Compact
 from kvstore.index.engine_source import SourceStatistics
+from kvstore.index.engine_stream import EngineStream
 from kvstore.index.engine_subscriber import EngineSubscriber
+from kvstore.index.keytable import Key
 from kvstore.index.locality import LocalityStatistics
 from kvstore.index.member import Member, Source
 from kvstore.index.membership import Membership, MembershipStatistics
@@ -25,10 +31,12 @@ from kvstore.index.node_state import NodeStreamStatistics
 from kvstore.index.node_stream import Names
 from kvstore.index.node_subscriber import NodeSubscriber
 from kvstore.index.placement import Engine, Placement
-from kvstore.index.query import Query, keys_of, search_of
+from kvstore.index.query import Query, Search, keys_of, search_of
 from kvstore.index.remembrance import remembered
+from kvstore.index.reserving import Reserving, ReservingStatistics
 from kvstore.index.saved import SavedIndex, SavedTable
 from kvstore.index.settings import Rank
+from kvstore.index.speeds import Speeds, SpeedsStatistics
 from kvstore.index.tending import Tending
 from kvstore.statistics import Latencies
 
@@ -37,27 +45,14 @@ logger = logging.getLogger(__name__)
 # Sockets of one process: each subscriber has up to four, each with a file of its own.
 _SOCKETS_MAX: Final = 65_000
 _JOIN_S: Final = 0.25
+# Each has up to four sockets.
+_ENGINES_MAX: Final = 8192
 # Making the keys of so many tokens, in one way, takes 2 ms or more: it is done beside the loop.
 _ASIDE_TOKENS: Final = 32_768
 # What was known before a restart is kept so long for publishers that have not come back.
 _REMEMBERED_S: Final = 60.0
 # What a start waits for publishers before lookups are answered without them.
 SETTLE_S: Final = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What an engine has of a prompt, and how good that knowledge is.
-
-    `age_s` is that of the oldest of what is known of the engine and its nodes, infinite where one of them was
-    never heard; `epochs` are the lives of its nodes that are known. `incomplete` says that one of them has
-    more than is known here: its events are lost, or it is over its limit.
-    """
-
-    placement: Placement
-    age_s: float
-    epochs: dict[str, int]
-    incomplete: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +69,11 @@ class IndexStatistics:
     left_out: int
     late: Latencies
     late_max_s: float
+    stall_max_s: float
     age_s: float
     uptime_s: float
+    speeds: SpeedsStatistics
+    reserving: ReservingStatistics
 
 
 class Index:
@@ -93,6 +91,7 @@ class Index:
         """Begins with what the file `snapshot` holds, if there is one that can be used."""
         self._remembrance = remembered(snapshot, blocks_max)
         self.locality = self._remembrance.locality
+        self.compact = Compact(self.locality)
         self._ranks = {rank.engine.name: rank for rank in ranks}
         self._secret = secret
         self._loop = asyncio.get_running_loop()
@@ -105,6 +104,8 @@ class Index:
         self._incomplete: set[str] = set()
         self._joined: dict[str, tuple[str, ...]] | None = None
         self._joining: asyncio.Handle | None = None
+        self.speeds = Speeds()
+        self.reserving = Reserving(self.locality, self._follower)
         self._membership = Membership(sources, self._change, self._is_heard)
         self._tending = Tending(self.locality)
         self._lookups = Latencies()
@@ -135,25 +136,84 @@ class Index:
             engine.close()
         self._context.destroy(linger=0)
 
+    def add_engine(self, rank: Rank) -> None:
+        """Follow one more engine; answers tell of it within _JOIN_S. The same once more changes nothing.
+
+        Raises:
+            InvalidRequest: its name is another's, or there are too many, or an endpoint is none.
+        """
+        name = rank.engine.name
+        if self._ranks.get(name) == rank:
+            return
+        if name in self._ranks or name in self._names:
+            raise InvalidRequest(f"{name} is the name of another engine or daemon; take that away, or rename")
+        if len(self._ranks) >= _ENGINES_MAX:
+            raise InvalidRequest(f"there are {len(self._ranks)} engines, the most; take one away")
+        try:
+            self._engines[name] = EngineSubscriber(self._context, rank.source, self.locality)
+        except ConfigError as exc:
+            raise InvalidRequest(str(exc)) from exc
+        self._remembrance.claim_engine(self._engines[name].stream)
+        self._ranks[name] = rank
+        self._names.engines = frozenset(self._ranks)
+        self._joined = None
+
+    def remove_engine(self, name: str) -> bool:
+        """Follow an engine no longer, and forget its blocks at once. Whether there was one."""
+        if self._ranks.pop(name, None) is None:
+            return False
+        self._engines.pop(name).close()
+        self._names.engines = frozenset(self._ranks)
+        self._joined = None
+        return True
+
+    def engine_stream(self, name: str) -> EngineStream | None:
+        """What one engine says of its own cache."""
+        subscriber = self._engines.get(name)
+        return None if subscriber is None else subscriber.stream
+
     async def lookup(self, query: Query, engines: Iterable[str] | None = None) -> list[Answer]:
         """What each engine, of those named or of all, has of a prompt; most first, in the fastest medium.
 
         Raises:
             InvalidRequest: a key is none.
         """
+        return sorted((await self.find(query, engines)).answers, key=best_first)
+
+    async def find(self, query: Query, engines: Iterable[str] | None = None) -> Located:
+        """The same in no order, with the keys that were looked for.
+
+        Of all engines those that are known to have another model are left out. Engines that are named and
+        not known have nothing: who names them means to send prompts there.
+
+        Raises:
+            InvalidRequest: a key is none.
+        """
         began_s = time.perf_counter()
         search = search_of(query, self.locality)
-        self._left_out += search.left_out
-        if search.effort(len(query.tokens or ())) >= _ASIDE_TOKENS:
-            keys = await self._loop.run_in_executor(None, keys_of, query, search.spaces)
-        else:
-            keys = keys_of(query, search.spaces)
-        asked = self._asked(engines)
-        placements = self.locality.find(keys, asked)
-        answers = [self._answer(engine, one) for engine, one in zip(asked, placements, strict=True)]
-        answers.sort(key=_best_first)
+        keys = await self._keys(query, search)
+        asked = self._asked(query.model, engines)
+        placements = self.compact.placements(keys, asked)
+        now_s = self._loop.time()
+        answers = [self._answer(engine, one, now_s) for engine, one in zip(asked, placements, strict=True)]
         self._lookups.observe(time.perf_counter() - began_s)
-        return answers
+        return Located(answers, keys, prompt_tokens_of(query, search.spaces))
+
+    async def placements(self, query: Query) -> list[Placement]:
+        """What each engine has, in no order and without a word of how old that is; raises as `find` does."""
+        began_s = time.perf_counter()
+        keys = await self._keys(query, search_of(query, self.locality))
+        placements = self.compact.placements(keys, self._asked(query.model, None))
+        self._lookups.observe(time.perf_counter() - began_s)
+        return placements
+
+    async def _keys(self, query: Query, search: Search) -> dict[Namespace, Sequence[Key]]:
+        """Of many tokens they are made beside the loop."""
+        self._left_out += search.left_out
+        given = 2 * len(query.keys or ())  # checking a key takes as long as reading so many tokens
+        if search.effort(len(query.tokens or ())) + given >= _ASIDE_TOKENS:
+            return await self._loop.run_in_executor(None, keys_of, query, search.spaces)
+        return keys_of(query, search.spaces)
 
     def missing(self) -> list[str]:
         """What lookups do not know yet though it is configured, or a member; lines for people.
@@ -162,6 +222,7 @@ class Index:
         """
         if time.monotonic() - self._started_s > SETTLE_S:
             return []
+        self._see_engines()  # those of a daemon that was heard just now
         return self.unknown()
 
     def unknown(self) -> list[str]:
@@ -194,8 +255,11 @@ class Index:
             left_out=self._left_out,
             late=self._tending.late,
             late_max_s=self._tending.late_max_s,
+            stall_max_s=self._tending.stall_max_s,
             age_s=self.age_s(),
             uptime_s=time.monotonic() - self._started_s,
+            speeds=self.speeds.statistics(),
+            reserving=self.reserving.statistics(),
         )
 
     def save(self, write: Callable[[SavedTable], None]) -> SavedIndex:
@@ -221,9 +285,15 @@ class Index:
                 expected=member.name,
                 secret=self._secret,
             )
+            subscriber.stream.on_measured = self.speeds.observe
+            subscriber.stream.on_held = self.reserving.held
             self._nodes[member.address] = subscriber
             self._remembrance.claim_node(subscriber.stream, self._names, member.name)
             subscriber.start()
+
+    def _follower(self, node: str) -> NodeSubscriber | None:
+        stream = self._names.get(node)
+        return None if stream is None else self._nodes.get(stream.address)
 
     def _is_heard(self, member: Member) -> bool:
         subscriber = self._nodes.get(member.address)
@@ -238,26 +308,33 @@ class Index:
             self._remembrance.forget()
         engines = [each.statistics() for each in self._engines.values()]
         self._incomplete = {each.name for each in engines if each.incomplete or each.over}
+        self._see_engines()
+
+    def _see_engines(self) -> None:
         node_to_engines = {name: stream.engines for name, stream in sorted(self._names.items())}
         if node_to_engines != self._joined:
             self._joined = node_to_engines
             self.locality.set_engines(join([rank.engine for rank in self._ranks.values()], node_to_engines))
 
-    def _asked(self, names: Iterable[str] | None) -> Sequence[Engine]:
+    def _asked(self, model: str, names: Iterable[str] | None) -> Sequence[Engine]:
         if names is None:
-            return self.locality.engines
-        wanted = set(names)
-        return [one for one in self.locality.engines if not wanted.isdisjoint({one.name, _address(one.name)})]
+            return [one for one in self.locality.engines if one.model in ("", model)]
+        wanted = dict.fromkeys(names)
+        found = [one for one in self.locality.engines if one.name in wanted or _address(one.name) in wanted]
+        known = {name for one in found for name in (one.name, _address(one.name))}
+        return [*found, *[Engine(name) for name in wanted if name not in known]]
 
-    def _answer(self, engine: Engine, placement: Placement) -> Answer:
-        now_s = self._loop.time()
+    def _answer(self, engine: Engine, placement: Placement, now_s: float) -> Answer:
+        own = self._engines.get(engine.name)
+        if own is None and not engine.nodes:
+            return Answer(engine, placement, math.inf, {}, incomplete=False)
         streams = [self._names[node] for node in engine.nodes if node in self._names]
         ages = [stream.age_s(now_s) for stream in streams]
-        if engine.name in self._engines:
-            ages.append(self._engines[engine.name].age_s())
+        if own is not None:
+            ages.append(own.age_s())
         incomplete = engine.name in self._incomplete or any(stream.over for stream in streams)
         epochs = {stream.name: stream.epoch for stream in streams if stream.name and stream.epoch is not None}
-        return Answer(placement, max(ages, default=math.inf), epochs, incomplete)
+        return Answer(engine, placement, max(ages, default=math.inf), epochs, incomplete)
 
 
 def join(engines: Iterable[Engine], node_to_engines: dict[str, tuple[str, ...]]) -> list[Engine]:
@@ -283,9 +360,3 @@ def join(engines: Iterable[Engine], node_to_engines: dict[str, tuple[str, ...]])
 def _address(name: str) -> str:
     """Of an engine's rank, its engine's."""
     return name.partition("#")[0]
-
-
-def _best_first(answer: Answer) -> tuple[int, int, int, int, str]:
-    """Most tokens in any medium, then most of them in the faster ones."""
-    placement = answer.placement
-    return -placement.remote, -placement.gpu, -placement.dram, -placement.nvme, placement.engine

@@ -10,8 +10,10 @@ from kvstore.engine_keys import vllm_scheme
 from kvstore.errors import ConfigError, InvalidRequest
 from kvstore.hashing import VLLM_SEED
 from kvstore.index.engine_source import EngineKind, EngineSource
+from kvstore.index.estimate import Prefill
 from kvstore.index.membership import source_of
 from kvstore.index.placement import Engine
+from kvstore.index.traits import STEP_S, Pace
 from kvstore.knobs import Config, EngineConfig, IndexConfig, RedisConfig, parse_endpoint
 
 _RANKS_MAX: Final = 1024
@@ -34,11 +36,16 @@ def ranks_of(config: IndexConfig) -> list[Rank]:
     Raises:
         ConfigError: a setting is out of range, or says the same twice.
     """
-    ranks = [rank for engine in config.engines for rank in _ranks(engine)]
+    ranks = [rank for engine in config.engines if engine.events for rank in _ranks(engine)]
     for name, count in Counter(rank.engine.name for rank in ranks).items():
         if count > 1:
             raise ConfigError(f"index.engines: {name} is there {count} times; give each engine its own name")
     return ranks
+
+
+def paces_of(config: IndexConfig) -> tuple[dict[str, Pace], Pace]:
+    """How fast engines are meant to be that are named, and all others."""
+    return {engine.name: _pace(config, engine) for engine in config.engines}, _pace(config, EngineConfig())
 
 
 def beside(config: Config, feed: str) -> Config:
@@ -57,13 +64,57 @@ def registry_prefix(config: Config) -> str:
 def validate_index(config: IndexConfig) -> None:
     """Raise ConfigError for a value that is out of range."""
     parse_endpoint(config.http, "index.http")
+    if config.data:
+        parse_endpoint(config.data, "index.data")
     for place in config.nodes:
         source_of(place)
     if not 1 <= config.snapshot_s <= 86400:
         raise ConfigError(f"index.snapshot_s is {config.snapshot_s}; give 1 to 86400 seconds")
     if not 1 <= config.blocks_max <= 1 << 30:
         raise ConfigError(f"index.blocks_max is {config.blocks_max}; give 1 to {1 << 30}")
+    if not 0 <= config.rate <= 1e6:
+        raise ConfigError(
+            f"index.rate is {config.rate}; give 0 for any, or at most 1000000 requests a second"
+        )
+    _validate_pace("index", config, 1)
+    if not 0 <= config.price <= 100:
+        raise ConfigError(f"index.price is {config.price}; give 0 to 100")
+    for engine in config.engines:
+        _validate_pace(f"index.engines {engine.name}", engine, 0)
+        if not 0 <= engine.kv_bytes_per_token <= 1 << 30:
+            raise ConfigError(
+                f"index.engines {engine.name}: kv_bytes_per_token is {engine.kv_bytes_per_token}; "
+                "give at most 1 GiB, 0 for as measured"
+            )
+        if not engine.events:
+            _validate_engine_alone(engine)
     ranks_of(config)
+
+
+def _pace(config: IndexConfig, engine: EngineConfig) -> Pace:
+    tokens_s = engine.prefill_tokens_s or config.prefill_tokens_s
+    pair_ns = engine.prefill_pair_ns or config.prefill_pair_ns
+    return Pace(Prefill(STEP_S, 1 / tokens_s, pair_ns * 1e-9), engine.kv_bytes_per_token or None)
+
+
+def _validate_pace(where: str, config: IndexConfig | EngineConfig, least: float) -> None:
+    if not (least <= config.prefill_tokens_s <= 1e9) or 0 < config.prefill_tokens_s < 1:
+        raise ConfigError(
+            f"{where}: prefill_tokens_s is {config.prefill_tokens_s}; give 1 to 1e9 tokens a second"
+        )
+    if not 0 <= config.prefill_pair_ns <= 1e6:
+        raise ConfigError(f"{where}: prefill_pair_ns is {config.prefill_pair_ns}; give 0 to 1e6 nanoseconds")
+
+
+def _validate_engine_alone(engine: EngineConfig) -> None:
+    """One that publishes no events is known by what daemons say of it; here it is said how fast it is."""
+    has_pace = engine.prefill_tokens_s or engine.prefill_pair_ns or engine.kv_bytes_per_token
+    if not engine.name or not has_pace:
+        _ranks(engine)  # which says what is missing
+    if engine.nodes or engine.replay or engine.ranks != 1:
+        raise ConfigError(
+            f"index.engines {engine.name}: nodes, replay or ranks without events; give events too"
+        )
 
 
 def _ranks(engine: EngineConfig) -> list[Rank]:

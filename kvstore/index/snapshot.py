@@ -19,7 +19,7 @@ import msgspec
 from kvstore.errors import KVStoreError
 from kvstore.index.saved import SavedIndex, SavedTable
 
-_HEAD: Final = b"kvstore index 1\n"
+_HEAD: Final = b"kvstore index 2\n"
 _SECTION: Final = struct.Struct(">QI")
 _Section = TypeVar("_Section")
 # Gives the tables to a function, and the rest when it has.
