@@ -10,6 +10,9 @@ from kvstore.errors import InvalidRequest
 
 MEDIA: Final = 4
 NUMBER_BYTES: Final = 8
+_DIGIT_TO_PLACES: Final = {
+    f"{bits:x}": [place for place in range(MEDIA) if bits >> place & 1] for bits in range(1 << MEDIA)
+}
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,10 @@ class HitGroups:
         """Engine by engine."""
         number_to_tokens: dict[int, list[int]] = {}
         for tokens, bits in self.groups:
-            while bits:
-                number, medium = divmod((bits & -bits).bit_length() - 1, MEDIA)
-                number_to_tokens.setdefault(number, [0] * MEDIA)[medium] = tokens
-                bits &= bits - 1
+            first = ((bits & -bits).bit_length() - 1) // MEDIA
+            for number, digit in enumerate(reversed(f"{bits >> MEDIA * first:x}"), first):  # one an engine
+                for place in _DIGIT_TO_PLACES[digit]:
+                    number_to_tokens.setdefault(number, [0] * MEDIA)[place] = tokens
         found = [EngineHits(self.engines[number], *had) for number, had in number_to_tokens.items()]
         found.sort(key=lambda one: (-one.remote, -one.gpu, -one.dram, -one.nvme, one.engine))
         return Hits(tuple(found), self.age_s)

@@ -1,11 +1,12 @@
-"""The README's commands, so that tests run them word for word, but for what is of one machine."""
+"""The documents' commands, so that tests run them word for word, but for what is of one machine."""
 
 import re
 import shlex
 from functools import cache
 from pathlib import Path
 
-_README = Path(__file__).parent.parent / "README.md"
+_ROOT = Path(__file__).parent.parent
+_DOCUMENTS = (_ROOT / "README.md", _ROOT / "docs" / "router.md")
 
 
 def block(language: str, first: str) -> str:
@@ -29,4 +30,5 @@ def replaced(words: list[str], **options: object) -> list[str]:
 
 @cache
 def _blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", _README.read_text(), re.DOTALL | re.MULTILINE)
+    text = "\n".join([document.read_text() for document in _DOCUMENTS])
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
