@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from kvstore.callers import Caller
 from kvstore.decoding import NotJson, RequestDecoder
 from kvstore.errors import InvalidRequest, KVStoreError
+from kvstore.http_server import foreign
 from kvstore.openapi import Operation, document_of
 from kvstore.rate import Rate
 from kvstore.request_body import BODY_S, RequestBody, TooLong, TooSlow
@@ -227,6 +228,8 @@ class Gate:
 
     def _admit(self, operation: Operation, visit: _Visit) -> None:
         """Raise Problem unless whoever asks may, now."""
+        if (origin := visit.headers.get(b"origin")) is not None:
+            raise Problem(403, foreign(origin.decode("latin-1")))
         caller = self._tokens.of(visit.headers.get(b"authorization", b""))
         if caller is None:
             raise Problem(401, "give the token as Authorization: Bearer", {"WWW-Authenticate": "Bearer"})

@@ -53,12 +53,19 @@ def text(line: str, status: int = 200) -> Response:
 
 
 def refusal(request: Request, token: str | None) -> Response | None:
-    """The answer to who does not know the token; None to who does."""
+    """The answer to a page in a browser, and to who does not know the token; None to who does."""
+    if (origin := request.headers.get("origin")) is not None:
+        return text(foreign(origin), 403)
     if _authorized(request.headers.get("authorization", ""), token):
         return None
     answer = text("give the token as Authorization: Bearer", 401)
     answer.headers["WWW-Authenticate"] = "Bearer"
     return answer
+
+
+def foreign(origin: str) -> str:
+    """What a page is told: where there is no token, any page that somebody looks at here could ask."""
+    return f"a page of {origin:.100} asks; ask from a program, which sends no Origin"
 
 
 def _authorized(header: str, token: str | None) -> bool:

@@ -12,7 +12,7 @@ _REF: Final = "#/components/schemas/{name}"
 # What the gate answers of itself.
 _OF_ALL: Final = {
     401: "no token, or another one than those that are known",
-    403: "a router's token, which is for lookups and outcomes",
+    403: "a router's token, which is for lookups and outcomes; or a page in a browser, with an Origin",
     405: "another method than those of this path",
     429: "more requests a second than each caller may make; Retry-After says when to ask again, in seconds",
 }

@@ -186,6 +186,16 @@ def test_a_router_s_token_is_for_lookups_and_outcomes(index: Locator) -> None:
     assert "alpha-token" not in index.ask("/metrics")[1]
 
 
+@pytest.mark.parametrize("path", ["/v1/lookup", "/register", "/dump"])
+def test_a_page_in_a_browser_is_refused_whatever_it_knows(index: Locator, path: str) -> None:
+    connection = connected(index)
+    headers = {**asked("store-token"), "Origin": "http://evil.example"}
+    connection.request("GET" if path == "/dump" else "POST", path, b"{}", headers)
+    answer = connection.getresponse()
+    assert (answer.status, b"http://evil.example" in answer.read()) == (403, True)
+    connection.close()
+
+
 def test_who_asks_too_often_is_told_when_to_ask_again_and_others_go_on(index: Locator) -> None:
     body = json.dumps({"model": "m", "tokens": []})
     connection = connected(index)
