@@ -8,7 +8,6 @@ is counted is the same on every machine.
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from multiprocessing import get_context
 from statistics import NormalDist, mean
 from typing import Final
@@ -16,7 +15,7 @@ from typing import Final
 from benchmarks.harness import Limit, Report, Row, Settings, Target, judge
 from benchmarks.simulation.cluster import COMPUTING_LUCK, Cluster
 from benchmarks.simulation.models import DEEPSEEK, LLAMA_8B, LLAMA_70B
-from benchmarks.simulation.policies import GREEDY, OURS, POLICIES, LongestPrefix
+from benchmarks.simulation.policies import GREEDY, OURS, POLICIES
 from benchmarks.simulation.replay import Played, quantile, replay
 from benchmarks.simulation.workload import Prompt, copies, faster, least_seconds, trace
 
@@ -162,23 +161,14 @@ def _prompts(setting: Setting) -> Sequence[Prompt]:
 
 
 def _arrivals(setting: Setting) -> list[Prompt]:
-    prompts = _prompts(setting)
-    speed = setting.load / 100 / _busy(setting.model, setting.engines, setting.copies, setting.prompts)
-    return faster(prompts, speed)
+    """The prompts, so fast that the load is what it should be.
 
-
-@cache
-def _busy(model: str, engines: int, count: int, prompts: int | None) -> float:
-    """The part of their time that engines are busy at the trace's own speed, times the copies: its inverse is
-    how many times as fast it can come at most.
-
-    It is measured with the prompts coming to the longest prefix, so slowly that none waits: the least work
-    that there is for caches of this size.
+    At 100 % engines of nominal speed would be busy all the time with the least work that there can be.
     """
-    setting = Setting(model, engines, count, 100, prompts)
-    slow = faster(_prompts(setting), 0.1)
-    cluster = Cluster(MODELS[model], engines)
-    return 10 * replay(slow, cluster, LongestPrefix(engines)).busy
+    prompts = _prompts(setting)
+    least_s = sum(least_seconds(prompts, MODELS[setting.model]))
+    offered = least_s / (prompts[-1].at_s * setting.engines)
+    return faster(prompts, setting.load / 100 / offered)
 
 
 def _caption() -> str:
@@ -187,8 +177,8 @@ def _caption() -> str:
         " serves one prompt after another, loading keeps it busy too, and decoding is elsewhere. Engines"
         " compute up to 20 % slower or faster than all policies are told, and each prompt 5 % more or less."
         " The trace's 3 s of arrivals are spread over them; 64 engines get two copies of it with blocks of"
-        " their own, one shifted by a half. 100 % is the load at which the least work, that of the longest"
-        " prefix when nobody waits, would keep all engines busy. The first tenth is not counted. The limit is"
+        " their own, one shifted by a half. At 100 % all engines would be busy all the time if they forgot"
+        " nothing and loaded in no time: no cluster reaches it. The first tenth is not counted. The limit is"
         f" each prompt alone on an engine that has all that was ever computed. {BEST!r} leaves greedy TTFT"
         " out, which is our estimate without the price of work; errors are those of predicted times."
     )

@@ -47,7 +47,7 @@ class _Sent:
 class Counting:
     """What peers know of engines' load: requests, and tokens that are still to be computed."""
 
-    def __init__(self, engines: int, served: Served | None = None) -> None:
+    def __init__(self, engines: int, served: Served) -> None:
         self.requests = [0] * engines
         self.tokens = [0.0] * engines
         self._sent: dict[int, _Sent] = {}
@@ -123,7 +123,7 @@ class Dynamo(Counting):
 
     _TTL_S = 5.0  # of what is predicted
 
-    def __init__(self, engines: int, served: Served | None = None) -> None:
+    def __init__(self, engines: int, served: Served) -> None:
         super().__init__(engines, served)
         self._recent = Recent()
         self._count = 0
