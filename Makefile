@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 SHELL := /bin/bash
 
 # What of the tests reads, writes or frees blocks.
-MEMORY_TESTS := $(patsubst %,tests/test_%.py,client dram drain faults fuzz listing lmcache lmcache_remote movement \
-	nvme_node quotas redis_node room states takeover)
+MEMORY_TESTS := $(patsubst %,tests/test_%.py,clear client dram drain faults fuzz holds listing lmcache lmcache_remote \
+	movement nvme_node quotas redis_node room states takeover)
 # Take all cores there are, or time what happens. The others mostly wait, so two files of them run at a time.
 ALONE := $(patsubst %,tests/test_%.py,index_faults lmcache_faults stress tcp)
 IN_PAIRS := --numprocesses 2 --dist loadfile $(addprefix --ignore ,$(ALONE))
@@ -29,7 +29,7 @@ test: $(VENV)/.test $(VENV)/tools
 	$(MAKE) test-engines
 
 test-engines: $(VENV)/.test $(ENGINES)/.engines
-	$(BIN)/python -m pytest tests/engines
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/engines
 
 test-debug: $(VENV)/.test
 	KVSTORE_DEBUG=1 $(BIN)/python -m pytest $(IN_PAIRS) $(MEMORY_TESTS)
