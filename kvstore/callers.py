@@ -1,7 +1,8 @@
 """Who asks: names by tokens. The token of the store is for everything, that of a router for its work alone.
 
 Nothing is compared that a clock could tell of: a token is looked for by its digest, under a key that this
-process has made up.
+process has made up. Where a token is not shown but proved, it is looked for by its mark, so that one proof is
+compared however many tokens there are.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from kvstore.errors import ConfigError
+from kvstore.protocol import token_mark
 
 _LINES_MAX: Final = 4096
 
@@ -30,12 +32,14 @@ class Callers:
     def __init__(self, token: str | None, router_to_token: Mapping[str, str] | None = None) -> None:
         self._key = os.urandom(32)
         self._anybody = Caller("anybody", all=True)
-        self._callers = {
-            self._digest(secret.encode()): Caller(name, all=False)
-            for name, secret in (router_to_token or {}).items()
-        }
+        known = [(Caller(name, all=False), secret) for name, secret in (router_to_token or {}).items()]
+        store = Caller("store", all=True)
         if token is not None:
-            self._callers[self._digest(token.encode())] = Caller("store", all=True)
+            known.append((store, token))
+        self._callers = {self._digest(secret.encode()): caller for caller, secret in known}
+        self._marked = {token_mark(secret): (caller, secret) for caller, secret in known}
+        # Where only routers have tokens, the store's is one that nobody knows.
+        self._unmarked = (store, token or os.urandom(32).hex()) if known else (self._anybody, None)
 
     def of(self, header: bytes) -> Caller | None:
         """Who says "Bearer TOKEN"; None is nobody that is known."""
@@ -45,6 +49,13 @@ class Callers:
         if scheme.lower() != b"bearer":
             return None
         return self._callers.get(self._digest(given.strip()))
+
+    def marked(self, mark: bytes) -> tuple[Caller, str | None]:
+        """Who has a token with this mark, if it can prove that it has it; None: nothing is to be proved.
+
+        Who has none that is known must prove the store's.
+        """
+        return self._marked.get(mark, self._unmarked)
 
     def _digest(self, token: bytes) -> bytes:
         return hashlib.blake2b(token, digest_size=32, key=self._key).digest()

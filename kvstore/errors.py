@@ -25,6 +25,12 @@ class UnknownNamespace(InvalidRequest):
     code = "namespace"
 
 
+class TooManyRequests(InvalidRequest):
+    """More a second than this caller may make; nothing was done. It can be asked again a little later."""
+
+    code = "rate"
+
+
 class LeaseError(KVStoreError):
     """The lease has ended, belongs to someone else, or cannot do what was asked."""
 

@@ -17,13 +17,30 @@ _DIGIT_TO_PLACES: Final = {
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, but for the prompt. `fields` are those of a namespace; `engines` None asks for all."""
+    """What is asked, but for the prompt. `fields` are those of a namespace; `engines` None asks for all.
+
+    Raises:
+        InvalidRequest: a value cannot be sent.
+    """
 
     model: str
     salt: str = ""
     lora: str = ""
     fields: tuple[tuple[str, str | int], ...] = ()
     engines: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        texts = [self.model, self.salt, self.lora, *(self.engines or ())]
+        for name, value in self.fields:
+            texts.append(name)
+            if isinstance(value, str):
+                texts.append(value)
+            elif type(value) is not int or not -(1 << 63) <= value < 1 << 64:
+                raise InvalidRequest(f"namespace {name!r} is {value!r:.40}; give a string, or 64 bits")
+        try:
+            "".join(texts).encode()
+        except (TypeError, UnicodeEncodeError) as exc:
+            raise InvalidRequest(f"model, salt, lora, engines or fields are no strings: {exc}") from exc
 
 
 @dataclass(frozen=True, slots=True)

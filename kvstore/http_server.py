@@ -3,14 +3,21 @@
 Health and metrics are open, and tell nothing of any block.
 """
 
+import asyncio
 import hmac
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import resource
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
 from starlette.types import ASGIApp
+
+from kvstore.http_connection import Connection, Limits, Silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +28,11 @@ class Readiness:
     notes: list[str] = field(default_factory=list)
 
 
-def health_app(title: str, readiness: Callable[[], Readiness], metrics: Callable[[], bytes]) -> FastAPI:
+# What a process counts, at once or made beside its loop.
+Metrics = Callable[[], bytes | Awaitable[bytes]]
+
+
+def health_app(title: str, readiness: Callable[[], Readiness], metrics: Metrics) -> FastAPI:
     """Whether it lives, whether it should be used, and what it counts."""
     app = FastAPI(title=title, docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -42,7 +53,9 @@ def health_app(title: str, readiness: Callable[[], Readiness], metrics: Callable
 
     @app.get("/metrics", response_class=PlainTextResponse, summary="What it counts, as Prometheus reads it")
     async def read_metrics() -> Response:
-        return Response(metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        told = metrics()
+        body = told if isinstance(told, bytes) else await told
+        return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
 
@@ -80,10 +93,13 @@ def _authorized(header: str, token: str | None) -> bool:
 class HttpServer(uvicorn.Server):
     """uvicorn on a loop that has signal handlers of its own."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits | None = None) -> None:
+        limits = _possible(limits or Limits())
         super().__init__(
             uvicorn.Config(
                 app,
+                http=cast(type[asyncio.Protocol], partial(Connection, limits, Silent())),
+                ws="none",
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -96,3 +112,24 @@ class HttpServer(uvicorn.Server):
 
     def install_signal_handlers(self) -> None:
         """None: stopping is the process's own."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End all connections: those that nobody reads from before uvicorn would break off their requests."""
+        grace_s = self.config.timeout_graceful_shutdown or 0
+        timer = asyncio.get_running_loop().call_later(0.8 * grace_s, self._end_stalled)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+    def _end_stalled(self) -> None:
+        for connection in list(self.server_state.connections):
+            cast(Connection, connection).end_stalled()
+
+
+def _possible(limits: Limits) -> Limits:
+    """With half of the process's descriptors at most: the others are for its own work."""
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if descriptors == resource.RLIM_INFINITY:
+        return limits
+    return replace(limits, connections=min(limits.connections, descriptors // 2))

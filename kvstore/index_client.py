@@ -91,7 +91,7 @@ class IndexClient:
             Unavailable: the index is away.
             DeadlineExceeded: it does not answer in time.
         """
-        fields = tuple(sorted(namespace.items())) if namespace else ()
+        fields = tuple(sorted(namespace.items(), key=repr)) if namespace else ()
         question = Question(model, salt, "", fields, None if engines is None else tuple(engines))
         return self.find(question, *pack_keys(keys)).hits()
 

@@ -15,7 +15,17 @@ from urllib.parse import urlsplit
 
 from kvstore import protocol
 from kvstore.errors import DeadlineExceeded, InvalidRequest, ProtocolError, Unauthorized, Unavailable
-from kvstore.lookup_messages import Answer, Challenge, Failure, LookupWelcome, Request, decode_answer, frame
+from kvstore.lookup_messages import (
+    BODY_BYTES_MAX,
+    PAYLOAD_BYTES_MAX,
+    Answer,
+    Challenge,
+    Failure,
+    LookupWelcome,
+    Request,
+    decode_answer,
+    frame,
+)
 from kvstore.messages import Hello, Proof
 from kvstore.protocol import HEADER
 
@@ -66,13 +76,19 @@ class IndexLink:
         """The answer to a request.
 
         Raises:
+            InvalidRequest: it is too long; it was not sent.
             KVStoreError: what the index answered; the connection stands.
             DeadlineExceeded, Unavailable, ProtocolError: the connection is of no use any more.
         """
         self._last = self._last % 0xFFFF_FFFF + 1
+        asked = frame(self._last, request, payload)
+        if len(payload) > PAYLOAD_BYTES_MAX or len(asked) - len(payload) - HEADER.size > BODY_BYTES_MAX:
+            raise InvalidRequest(
+                f"{len(asked)} bytes; send at most {BODY_BYTES_MAX}, and {PAYLOAD_BYTES_MAX} of prompts"
+            )
         try:
             self._limit(until_s)
-            self._sock.sendall(frame(self._last, request, payload))
+            self._sock.sendall(asked)
             answer = self._receive(until_s)
         except BlockingIOError:
             raise DeadlineExceeded(
@@ -136,7 +152,9 @@ class IndexLink:
 
 def _greet(link: IndexLink, address: str, timeout_s: float, token: str | None) -> LookupWelcome:
     until_s, nonce = time.monotonic() + timeout_s, secrets.token_bytes(32)
-    answer = link.exchange(Hello(protocol.MAJOR, protocol.MINOR, nonce, f"pid {os.getpid()}"), until_s)
+    mark = b"" if token is None else protocol.token_mark(token)
+    hello = Hello(protocol.MAJOR, protocol.MINOR, nonce, f"pid {os.getpid()}", mark=mark)
+    answer = link.exchange(hello, until_s)
     if isinstance(answer, Challenge):
         if token is None:
             raise Unauthorized(f"the index at {address} wants a token; give token=")

@@ -1,7 +1,8 @@
 """The messages between a router and the index: their shapes. `kvstore.protocol` frames them.
 
-A connection begins as a daemon's does, with Hello, and Proof where a token is wanted; the answer is
-`LookupWelcome`. A question is named once. Then lookups name it, and their payload is a prompt:
+A connection begins as a daemon's does, with Hello, whose `mark` says which of the known tokens it has, and
+Proof where one is wanted; the answer is `LookupWelcome`. A question is named once. Then lookups name it, and
+their payload is a prompt:
 
     keys      end to end, `width` bytes each; in schemes whose keys are numbers 8 bytes are a number, little
               endian, and 9 to 32 bytes a digest
@@ -15,6 +16,7 @@ from typing import Final
 
 import msgspec
 
+from kvstore.block import KEY_BYTES_MAX
 from kvstore.errors import ProtocolError
 from kvstore.messages import Challenge as Challenge
 from kvstore.messages import Failure as Failure
@@ -30,6 +32,7 @@ ENGINES_MAX: Final = 8192
 # Before a connection is welcome it may send only so much, and then what names a question's engines.
 HELLO_BYTES_MAX: Final = 64 << 10
 BODY_BYTES_MAX: Final = 4 << 20
+PAYLOAD_BYTES_MAX: Final = KEYS_MAX * KEY_BYTES_MAX
 
 # Requests, beside Hello and Proof.
 

@@ -25,7 +25,10 @@ from kvstore.upkeep_messages import Unpin as Unpin
 
 
 class Hello(Message, tag=1):
-    """The first message. `resume` names the sessions this client lost, `held` the leases it still uses."""
+    """The first message. `resume` names the sessions this client lost, `held` the leases it still uses.
+
+    `mark` says which token it has, to an index that knows several: see `kvstore.protocol.token_mark`.
+    """
 
     major: int
     minor: int
@@ -33,6 +36,7 @@ class Hello(Message, tag=1):
     name: str = ""
     resume: list[bytes] = msgspec.field(default_factory=list)
     held: list[int] = msgspec.field(default_factory=list)
+    mark: bytes = b""
 
 
 class Proof(Message, tag=2):

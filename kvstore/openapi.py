@@ -20,7 +20,7 @@ _OF_BODIES: Final = {
     400: "the body is no JSON, or no UTF-8",
     408: "the body did not come within 5 seconds",
     413: "the body is longer than {most} bytes",
-    422: "a value is out of its limits, or does not go with another",
+    422: "a value is out of its limits, or does not go with another; or a long body is not of long lists",
 }
 
 

@@ -81,6 +81,11 @@ def _kinds() -> dict[str, type[KVStoreError]]:
     return {kind.code: kind for kind in kinds if "code" in vars(kind)}
 
 
+def token_mark(token: str) -> bytes:
+    """What a client says of its token before it proves it, for who knows many: 8 bytes of a digest."""
+    return hmac.digest(token.encode(), b"kvstore|mark", "sha256")[:8]
+
+
 def token_proof(token: str, side: str, client_nonce: bytes, daemon_nonce: bytes) -> bytes:
     """What `side` ("client" or "daemon") shows to prove that it knows the token, which never travels."""
     text = b"|".join((b"kvstore", side.encode(), client_nonce.hex().encode(), daemon_nonce.hex().encode()))

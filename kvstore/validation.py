@@ -47,7 +47,7 @@ def validate(config: Config) -> None:
         ("index.http", config.index.http),
         ("index.data", config.index.data),
     ):
-        if address and not _is_loopback(parse_endpoint(address, name)[0]) and config.token is None:
+        if address and not is_loopback(parse_endpoint(address, name)[0]) and config.token is None:
             raise ConfigError(
                 f"{name} is {address}, which is beyond loopback, and no token is set; give token_file"
             )
@@ -121,7 +121,7 @@ def _validate_events(events: EventsConfig) -> None:
         )
     if len(set(events.engines)) != len(events.engines):
         raise ConfigError(f"events.engines names an engine twice: {', '.join(events.engines)}")
-    if not _is_loopback(parse_endpoint(events.feed, "events.feed")[0]) and not events.key_file:
+    if not is_loopback(parse_endpoint(events.feed, "events.feed")[0]) and not events.key_file:
         raise ConfigError(
             f"events.feed is {events.feed}, which is beyond loopback, and no key is set; give key_file"
         )
@@ -129,7 +129,7 @@ def _validate_events(events: EventsConfig) -> None:
         raise ConfigError(f"events.feed is {events.feed}, which nobody can reach; give events.advertise")
     for name in ("publish", "replay"):
         address = getattr(events, name)
-        if not _is_loopback(parse_endpoint(address, f"events.{name}")[0]) and not events.plain:
+        if not is_loopback(parse_endpoint(address, f"events.{name}")[0]) and not events.plain:
             raise ConfigError(
                 f"events.{name} is {address}, which is beyond loopback, and whoever can connect may read "
                 "what is announced; set plain = true if that is meant"
@@ -153,7 +153,8 @@ def _check_ports(events: EventsConfig) -> None:
         )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether nobody beyond this machine can connect there."""
     if host == "localhost":
         return True
     try:

@@ -4,8 +4,8 @@
 
 Ports may be 0; the first line of stdout names them. Each line of stdin is a JSON list of batches, each of
 them a list of events, [hash, parent] or [-hash] of blocks stored and removed; the answer is the number of the
-last batch. DROPPED is the share of batches that are kept for a replay and not sent. As in vLLM one thread
-answers replays between batches.
+last batch. null instead waits for one more subscriber. DROPPED is the share of batches that are kept for a
+replay and not sent. As in vLLM one thread answers replays between batches.
 """
 
 import json
@@ -29,8 +29,9 @@ _KEPT: Final = 10_000
 def main(port: str, replay_port: str, topic: str, dropped: str) -> None:
     """Publish until stdin ends."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    publish, replay = context.socket(zmq.PUB), context.socket(zmq.ROUTER)
+    publish, replay = context.socket(zmq.XPUB), context.socket(zmq.ROUTER)
     publish.set_hwm(100_000)
+    publish.setsockopt(zmq.XPUB_VERBOSE, 1)  # each subscriber is told of, though another has come before
     ports = [_bind(publish, port), _bind(replay, replay_port)]
     print(*ports, flush=True)
     poller = zmq.Poller()
@@ -46,7 +47,10 @@ def main(port: str, replay_port: str, topic: str, dropped: str) -> None:
             line = sys.stdin.readline()
             if not line:
                 os._exit(0)
-            for events in json.loads(line):
+            batches = json.loads(line)
+            while batches is None and not publish.recv().startswith(b"\x01"):
+                pass
+            for events in batches or ():
                 payload = encode_batch(
                     [_event(*event) for event in events], time.time(), arrays=False, rank=0
                 )
@@ -98,6 +102,14 @@ class EventPublisher:
         self.process.stdin.write(json.dumps(batches) + "\n")
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
+
+    def wait_for_subscriber(self) -> None:
+        """Return once one more is there: what is published from now on, it gets."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("null\n")
+        self.process.stdin.flush()
+        self.process.stdout.readline()
 
     def kill(self) -> None:
         """End it with SIGKILL."""

@@ -26,7 +26,7 @@ class Router:
         **said: Any,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="kvstore-proxy-")
-        folder = Path(self._folder.name)
+        folder = self.folder = Path(self._folder.name)
         named = {"engines": [f"http://{engine}" for engine in engines], "listen": "127.0.0.1:0", **said}
         lines = [f"{name} = {json.dumps(value)}\n" for name, value in named.items()]
         (folder / "proxy.toml").write_text("".join(lines))
@@ -37,6 +37,11 @@ class Router:
         host, _, port = line.strip().partition("=")[2].rpartition(":")
         self.address = (host, int(port))
         wait_for(lambda: all(map(self.is_up, engines)))
+
+    @property
+    def log(self) -> str:
+        """What it has logged so far."""
+        return (self.folder / "log").read_text()
 
     @contextmanager
     def asked(

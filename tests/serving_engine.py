@@ -139,9 +139,9 @@ class ServingEngine(Served):
             if body.get("stream"):
                 return await self._stream(request, body, act)
             return web.json_response(self._whole(body))
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ConnectionResetError):
             self.left += 1
-            raise
+            raise asyncio.CancelledError from None
 
     async def _stream(self, request: web.Request, body: dict[str, Any], act: Act) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})

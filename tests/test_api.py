@@ -131,6 +131,26 @@ def test_cold_prompts_go_where_fewer_were_sent_and_come_back_to_their_blocks(ind
     assert by_keys["prompt_tokens"] == 128
 
 
+def test_engines_that_only_routers_name_have_no_metrics(index: Locator) -> None:
+    made_up = "10.1.0.3:1"
+    for engine in (made_up, NEAR):
+        route = answered(index, tokens=prompt(2048), model=MODEL, engines=[engine], route=True)["id"]
+        answered(index, "/v1/outcome", id=route)
+    metrics = index.ask("/metrics")[1]
+    assert f'kvstore_index_engine_slowness{{engine="{NEAR}"}}' in metrics
+    assert made_up not in metrics
+
+
+def test_a_prompt_is_expected_for_its_own_model_adapter_and_salt(index: Locator) -> None:
+    ask: dict[str, Any] = {"tokens": prompt(64), "engines": [FAR]}
+    answered(index, model="ours", **ask, route=True)
+    expected = [
+        answered(index, **{"model": "ours", **ask, **other})["placements"][0]["expected"]
+        for other in ({}, {"model": "theirs"}, {"salt": "s"}, {"lora": "l"})
+    ]
+    assert expected == [64, 0, 0, 0]
+
+
 def test_an_engine_that_nobody_has_heard_of_is_a_candidate_that_has_nothing(index: Locator) -> None:
     (one,) = answered(index, model=MODEL, tokens=prompt(64), engines=["10.9.9.9:1"])["placements"]
     assert (one["engine"], one["remote"], one["age_ms"]) == ("10.9.9.9:1", 0, None)
@@ -160,6 +180,7 @@ def test_outcomes_are_counted_once_and_predictions_are_measured(index: Locator) 
     assert answered(index, "/v1/outcome", id=answered(index, **ask)["id"], failed=True)["error_ms"] is None
     moved = answered(index, "/v1/outcome", id=answered(index, **ask)["id"], engine=NEAR, ttft_ms=5)
     assert moved["error_ms"] is None
+    assert answered(index, "/v1/outcome", id=answered(index, **ask)["id"], ended=True)["error_ms"] is None
     assert index.metric("kvstore_index_prediction_error_seconds_count") == before + 1
     assert index.metric('kvstore_index_outcomes_total{what="late"}') >= 1
     assert index.metric('kvstore_index_outcomes_total{what="unknown"}') >= 6
@@ -217,6 +238,7 @@ def test_a_lookup_goes_on_without_the_daemon_that_should_hold_its_prefix(
         ({"tokens": [], "engines": [{"name": "e", "running": 1 << 41}]}, "at `$.engines[0].running`"),
         ({"tokens": [], "engines": [{}]}, "Object missing required field `name` - at `$.engines[0]`"),
         ({"tokens": [], "engines": [1]}, "got `int` - at `$.engines[0]`; it is 1"),
+        ({"tokens": [], "engines": ["e" * 256]}, "at `$.engines[0]`"),
     ],
     ids=lambda value: value[:50] if isinstance(value, str) else "",
 )
@@ -237,6 +259,9 @@ def test_a_bad_question_is_refused_with_the_value_and_the_limit(
         (422, b'{"id":"x","ttft_ms":-1}'),
         (422, b'{"id":"x","cached_tokens":%d}' % (1 << 80)),
         (422, b'{"id":"x","engine":[]}'),
+        (422, b'{"id":"x","engine":"' + b"e" * 256 + b'"}'),
+        (422, b'{"id":"x","ttft_ms":0,"failed":true}'),
+        (422, b'{"id":"x","failed":true,"ended":true}'),
         (400, b'{"id":"' + b'{"a":' * 10_000),
         (422, b'{"id":' + b"[" * 10_000 + b"]" * 10_000 + b"}"),
     ],
@@ -271,6 +296,13 @@ def test_prompts_are_known_again_by_the_smallest_blocks_there_are() -> None:
     assert (len(cold.keys), cold.block_tokens) == (8, 16)
     assert chain_of(Query("m", tokens=tokens[:15]), {}) is None
     assert chain_of(Query("m", keys=[]), {}) is None
+    others = [
+        Query("m", tokens=tokens, salt="s"),
+        Query("m", tokens=tokens, lora="s"),
+        Query("n", tokens=tokens),
+    ]
+    found = [chain_of(query, {fine: [3, 4, 5]}) for query in (Query("m", tokens=tokens), *others)]
+    assert len({chain.space for chain in found if chain is not None}) == 4
 
 
 def test_engines_are_as_fast_as_configured_and_others_as_the_defaults_say() -> None:
@@ -279,9 +311,9 @@ def test_engines_are_as_fast_as_configured_and_others_as_the_defaults_say() -> N
     )
     paces = Paces(Speeds(), *paces_of(config.index))
     for name in ("e", "e#1"):
-        (traits,) = paces.of([Engine(name, ("a", "b"))], "m")
+        traits = paces.of("m")(Engine(name, ("a", "b")))
         assert (traits.prefill.token_s, traits.token_bytes) == (1 / 500, 7)
-    (other,) = paces.of([Engine("other")], "m")
+    other = paces.of("m")(Engine("other"))
     assert (other.prefill, other.token_bytes, dict(other.speeds)) == (DEFAULT.prefill, TOKEN_BYTES, DEFAULTS)
     assert IndexConfig().price == PRICE
 
@@ -312,7 +344,7 @@ def test_engines_of_another_model_are_told_only_by_name() -> None:
         index.locality.set_engines([Engine("a", model="m"), Engine("b", model="other"), Engine("c#0")])
         found = await index.find(Query("m", tokens=[1]), engines)
         await index.close()
-        return {answer.engine.name for answer in found.answers}
+        return {engine.name for engine in found.engines}
 
     assert asyncio.run(names(None)) == {"a", "c#0"}
     assert asyncio.run(names(["b", "c", "d"])) == {"b", "c#0", "d"}

@@ -315,7 +315,7 @@ def test_another_major_version_is_refused_and_another_minor_one_is_not(
         with pytest.raises(ProtocolError, match=message):
             node.client()
     with RawConnection(node.socket, greet=False) as raw:
-        body = msgspec.msgpack.encode([1, 2, 9, b"n", "name", [], [], "a field of 2.9"])
+        body = msgspec.msgpack.encode([1, 2, 9, b"n", "name", [], [], b"mark", "a field of 2.9"])
         raw.send(HEADER.pack(len(body), 1, 0) + body)
         assert isinstance(raw.answer(), protocol.Welcome)
 

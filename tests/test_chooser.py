@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvstore.block import Medium
 from kvstore.index import chooser as module
+from kvstore.index import correction
 from kvstore.index.chooser import Candidate, Chain, Choice, Chooser, Load, Traits
 from kvstore.index.demand import FLEETS_MAX, Demand
 from kvstore.index.estimate import Prefill, Speed
@@ -181,6 +182,21 @@ def test_a_new_engine_is_taken_to_be_like_the_others() -> None:
     assert chooser.rank(TOKENS, None, [other], now_s)[0].slowness == pytest.approx(2.0, rel=0.15)
 
 
+def test_who_makes_up_engines_displaces_only_those_without_outcomes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(correction, "ENGINES_MAX", 2)
+    chooser = Chooser()
+    now_s = 0.0
+    for number in range(20):
+        name = f"made up {number}"
+        choice = chooser.rank(TOKENS, None, [Candidate(Placement(name), TRAITS)], now_s)[0]
+        chooser.take(name, TOKENS, None, choice, now_s)
+        chooser.outcome(name, now_s, ttft_s=1.0)
+        now_s = served(chooser, number, 2.0, now_s)
+    paces = chooser.statistics().engine_slowness
+    assert set(paces) == {"engine 0", "made up 19"}
+    assert paces["engine 0"] == pytest.approx(2.0, rel=0.2)
+
+
 def test_a_failed_prompt_leaves_nothing_to_wait_for_or_to_expect() -> None:
     for said in ({"failed": True}, {"engine": "engine 1"}):
         chooser = Chooser()
@@ -191,6 +207,44 @@ def test_a_failed_prompt_leaves_nothing_to_wait_for_or_to_expect() -> None:
         choice = rank(chooser, engines(0), 0.1, CHAIN)[0]
         assert (choice.expected, choice.estimate.wait_s, choice.slowness) == (0, 0, 1)
         assert chooser.statistics().errors.count == 0
+
+
+@pytest.mark.parametrize(("now_s", "left_s"), [(0.1, 1.0), (2.0, 0.0)])
+def test_a_prompt_that_ended_unseen_leaves_its_blocks_and_teaches_nothing(
+    now_s: float, left_s: float
+) -> None:
+    chooser = Chooser()
+    for id in ("a", "b"):
+        chooser.take(id, TOKENS, CHAIN, rank(chooser, engines(0))[0], 0.0)
+    outcome = chooser.outcome("a", now_s, ended=True, cached_tokens=0)
+    assert outcome is not None
+    assert outcome.error_s is None
+    assert chooser.outcome("a", now_s) is None
+    choice = rank(chooser, engines(0), now_s, CHAIN)[0]
+    alone_s = TRAITS.prefill.seconds(TOKENS, 0)
+    assert (choice.ahead, choice.slowness, choice.expected) == (1, 1, TOKENS)
+    assert choice.estimate.wait_s == pytest.approx(left_s * alone_s, abs=0.01)
+    statistics = chooser.statistics()
+    assert (statistics.outcomes, statistics.failed, statistics.errors.count) == (1, 0, 0)
+
+
+def test_blocks_are_expected_for_the_same_model_adapter_and_salt_alone() -> None:
+    chooser = Chooser()
+    spaces = [Chain(CHAIN.keys, BLOCK, space) for space in ("one", "two", "")]
+    chooser.take("a", TOKENS, spaces[0], rank(chooser, engines(0))[0], 0.0)
+    expected = [rank(chooser, engines(0), 0.0, chain)[0].expected for chain in spaces]
+    assert expected == [TOKENS, 0, 0]
+    chooser.take("b", TOKENS, spaces[1], rank(chooser, engines(0))[0], 0.0)
+    chooser.outcome("a", 0.0, failed=True)
+    expected = [rank(chooser, engines(0), 0.0, chain)[0].expected for chain in spaces]
+    assert expected == [0, TOKENS, 0]
+
+
+def test_without_candidates_there_is_no_choice() -> None:
+    chooser = Chooser()
+    for number in range(3):
+        rank(chooser, engines(0), number)
+    assert rank(chooser, []) == []
 
 
 def test_an_unknown_prompt_and_one_that_is_over_are_nothing() -> None:
@@ -245,7 +299,7 @@ def test_prompts_under_way_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_expected_keys_are_bounded_and_tails_go_first() -> None:
-    recent = Recent(engine_keys_max=10, keys_max=15)
+    recent = Recent(place_keys_max=10, keys_max=15, places_max=2)
     recent.expect("a", "1", range(20), 1.0)
     assert recent.depth("a", range(20), 0.0) == 10
     recent.expect("a", "2", [0, 1, 100], 1.0)
@@ -253,6 +307,8 @@ def test_expected_keys_are_bounded_and_tails_go_first() -> None:
     assert recent.depth("a", [0, 1, 100], 0.0) == 3
     recent.expect("b", "3", range(10), 1.0)
     assert len(recent) == 15
+    recent.expect("c", "4", [0], 1.0)
+    assert [recent.depth(place, range(20), 0.0) for place in "abc"] == [0, 10, 1]
     recent.expire(5.0)
     assert len(recent) == 0
 
@@ -305,8 +361,8 @@ class AgainstLists(RuleBasedStateMachine):
 
     @invariant()
     def the_count_is_right(self) -> None:
-        assert len(self.recent) == sum(map(len, self.recent._engines.values()))
-        assert all(self.recent._engines.values())
+        assert len(self.recent) == sum(map(len, self.recent._places.values()))
+        assert all(self.recent._places.values())
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -332,15 +388,14 @@ class AnyOrder(RuleBasedStateMachine):
         id=IDS,
         ttft_s=st.none() | st.floats(),
         cached=st.none() | st.integers(-10, 10**6),
-        failed=st.booleans(),
+        how=st.sampled_from((None, "failed", "ended")),
         engine=st.sampled_from((None, "engine 0", "elsewhere")),
     )
     def outcome(
-        self, id: str, ttft_s: float | None, cached: int | None, failed: bool, engine: str | None
+        self, id: str, ttft_s: float | None, cached: int | None, how: str | None, engine: str | None
     ) -> None:
-        self.chooser.outcome(
-            id, self.now_s, engine=engine, ttft_s=ttft_s, cached_tokens=cached, failed=failed
-        )
+        flags = {} if how is None else {how: True}
+        self.chooser.outcome(id, self.now_s, engine=engine, ttft_s=ttft_s, cached_tokens=cached, **flags)
 
     @rule(seconds=st.floats(0, 3))
     def wait(self, seconds: float) -> None:

@@ -94,9 +94,11 @@ def test_tenants_salts_and_adapters_of_a_registration_are_kept_apart(index: Loca
             registered("salted", salted.endpoint, additionalsalt="w8a8"),
             registered("adapted", adapted.endpoint, lora_name="sql"),
             registered("other", other.endpoint, tenant_id="t"),
+            registered("elsewhere", "tcp://127.0.0.9:9", tenant_id="t", modelname="theirs"),
         ]
-        for publisher, body in zip((salted, adapted, other), bodies, strict=True):
+        for body in bodies:
             assert index.ask("/register", body)[0] == 201
+        for publisher in (salted, adapted, other):
             publisher.await_subscribers(1)
             publisher.publish([PLAIN.stored(0, 2)])
 
@@ -108,6 +110,9 @@ def test_tenants_salts_and_adapters_of_a_registration_are_kept_apart(index: Loca
         wait_for(lambda: hits(**asked(lora_name="sql")) == {"adapted": 2 * SIZE})
         wait_for(lambda: hits(**asked(tenant_id="t")) == {"other": 2 * SIZE})
         assert hits(**asked()) == {}
+        # LMCache has no tenants: it is told of the default one.
+        assert found(index, "/lookup", {"tokens": PROMPT})["layout_info"] == {}
+        assert index.ask("/query_instance", {"event_id": "1", "ip": "127.0.0.9"})[0] == 404
         for chain, name in ((SALTED, "salted"), (ADAPTED, "adapted"), (PLAIN, "")):
             answer = hits("/query_by_hash", model=MODEL, seq_hashes=chain.sequences)
             assert answer == ({name: 2 * SIZE} if name else {})

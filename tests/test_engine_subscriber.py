@@ -14,10 +14,13 @@ import zmq
 
 from kvstore.block import Namespace
 from kvstore.errors import ConfigError
+from kvstore.index import engine_subscriber, resolver
 from kvstore.index.engine_source import EngineKind, EngineSource
 from kvstore.index.engine_subscriber import EngineSubscriber
 from kvstore.index.events import BlockStored, encode_batch, pack_tokens
-from kvstore.index.locality import Engine, Locality
+from kvstore.index.locality import Locality
+from kvstore.index.placement import Engine
+from kvstore.index.resolver import Resolver
 from tests.event_publisher import EventPublisher
 
 NAME: Final = "10.0.0.1:8000"
@@ -28,11 +31,12 @@ WITHIN_S: Final = 20.0
 class Listener:
     """A subscriber, and what the index says of its engine."""
 
-    def __init__(self, endpoint: str, replay: str = "", topic: str = "") -> None:
+    def __init__(self, *words: str, resolver: Resolver | None = None) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.locality = Locality(blocks_max=1_000_000)
+        endpoint, replay, topic = [*words, "", ""][:3]
         source = EngineSource(NAME, EngineKind.VLLM, "m", 16, SPACE.scheme, endpoint, replay, topic)
-        self.subscriber = EngineSubscriber(self.context, source, self.locality)
+        self.subscriber = EngineSubscriber(self.context, source, self.locality, resolver or Resolver())
 
     def has(self, *keys: int) -> int:
         """Leading blocks in gpu."""
@@ -51,8 +55,8 @@ class Listener:
 
 
 @asynccontextmanager
-async def listening(*words: str) -> AsyncIterator[Listener]:
-    listener = Listener(*words)
+async def listening(*words: str, resolver: Resolver | None = None) -> AsyncIterator[Listener]:
+    listener = Listener(*words, resolver=resolver)
     try:
         yield listener
     finally:
@@ -274,4 +278,82 @@ async def test_an_endpoint_that_is_none_is_refused() -> None:
         for endpoints in (("nowhere",), ("tcp://127.0.0.1:1", "nowhere")):
             source = EngineSource(NAME, EngineKind.VLLM, "m", 16, SPACE.scheme, *endpoints)
             with pytest.raises(ConfigError, match="nowhere"):
-                EngineSubscriber(context, source, Locality())
+                EngineSubscriber(context, source, Locality(), Resolver())
+
+
+@scenario
+async def test_a_name_that_takes_long_to_look_up_holds_up_no_other_engine() -> None:
+    answered = asyncio.Event()
+
+    async def look_up(host: str) -> list[str]:
+        if host == "slow.example":
+            await answered.wait()
+        return ["127.0.0.1"]
+
+    names = Resolver(look_up)
+    with EventPublisher() as engine:
+        engine.publish(chain([1, 2]))
+        words = [each.replace("127.0.0.1", "slow.example") for each in (engine.endpoint, engine.replay)]
+        quickly = [each.replace("slow", "quick") for each in words]
+        async with (
+            listening(*words, resolver=names) as slow,
+            listening(*quickly, resolver=names) as quick,
+        ):
+            await quick.until(lambda: quick.has(1, 2) == 2)
+            assert slow.has(1) == 0
+            answered.set()
+            await slow.until(lambda: slow.has(1, 2) == 2)
+
+
+@scenario
+async def test_a_name_is_looked_up_as_this_machine_does() -> None:
+    with EventPublisher() as engine:
+        engine.publish(chain([1, 2]))
+        words = [each.replace("127.0.0.1", "localhost") for each in (engine.endpoint, engine.replay)]
+        async with listening(*words) as index:
+            await index.until(lambda: index.has(1, 2) == 2)
+
+
+@scenario
+async def test_an_engine_that_has_moved_is_found_by_its_name() -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    names = ["127.0.0.3", "127.0.0.1"]  # nobody is at the first
+    event = BlockStored([1], None, pack_tokens([1]), 16, None, "GPU")
+    payload = encode_batch([event], 1.0, arrays=False)
+
+    async def look_up(_: str) -> list[str]:
+        if not names:
+            raise OSError("the resolver is away")
+        return list(names)
+
+    def publisher(address: str, port: str) -> zmq.Socket[bytes]:
+        socket = context.socket(zmq.XPUB)
+        socket.bind(f"tcp://{address}:{port}")
+        return socket
+
+    async def hears(index: Listener, socket: zmq.Socket[bytes]) -> None:
+        await asyncio.to_thread(socket.recv)
+        socket.send_multipart([b"", bytes(8), payload])
+        await index.until(lambda: index.has(1) == 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_subscriber, "_DIAL_S", 0.2)
+        patch.setattr(engine_subscriber, "_MOVED_S", 0.2)
+        patch.setattr(resolver, "_RETRY_S", 0.1)
+        here = publisher("127.0.0.1", "*")
+        port = here.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2]
+        there = publisher("127.0.0.2", port)
+        async with listening(f"tcp://engine.example:{port}", resolver=Resolver(look_up)) as index:
+            await hears(index, here)
+            names.clear()
+            here.close(0)
+            await index.until(lambda: not index.statistics.connected)
+            names.append("127.0.0.2")
+            await hears(index, there)
+            names[:] = ["127.0.0.1"]  # though who is at the other address goes on
+            here = publisher("127.0.0.1", port)
+            await hears(index, here)
+            assert index.statistics.connected
+    here.close(0)
+    there.close(0)
+    context.term()

@@ -14,8 +14,9 @@ import msgspec
 import pytest
 
 from kvstore.callers import Callers, load_routers
-from kvstore.decoding import LONG_BYTES, NotJson, RequestDecoder
-from kvstore.errors import ConfigError, InvalidRequest
+from kvstore.client import IndexClient
+from kvstore.decoding import LONG_BYTES, WHOLE_BYTES_MAX, NotJson, RequestDecoder
+from kvstore.errors import ConfigError, InvalidRequest, Unauthorized
 from kvstore.rate import Rate
 from kvstore.request_body import BODY_S
 from tests.locator import Locator
@@ -29,6 +30,14 @@ class Numbers(msgspec.Struct, forbid_unknown_fields=True):
 
     tokens: list[Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]] | None = None
     keys: list[int | str] | None = None
+    name: str = ""
+
+
+class Lenient(msgspec.Struct):
+    """One that may have fields that nobody knows."""
+
+    tokens: list[Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]] = []
+    engines: list[str | Numbers] = []
     name: str = ""
 
 
@@ -89,6 +98,14 @@ def test_a_token_names_who_has_it() -> None:
     assert anybody.all
 
 
+def test_routers_and_store_ask_on_the_compact_port_with_their_tokens(index: Locator) -> None:
+    for token in ("alpha-token", "store-token"):
+        with IndexClient.connect(f"tcp://{index.data}", token=token) as client:
+            assert client.engines() == ()
+    with pytest.raises(Unauthorized):
+        IndexClient.connect(f"tcp://{index.data}", token="another")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -123,6 +140,56 @@ def test_a_long_list_is_decoded_in_slices_as_it_would_be_at_once() -> None:
     keys = [f"{number:08x}" for number in range(40_000)]
     request = decoded(json.dumps({"keys": keys, "tokens": tokens}).encode())
     assert (request.keys, request.tokens) == (keys, array("I", tokens))
+
+
+LONG = json.dumps(list(range(100_000, 160_000)))
+
+
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        (f'{{"tokens":[1],"other":{LONG}}}', 1),
+        (f'{{"tokens":[1],"other":{{"deep":[{LONG}]}}}}', 1),
+        (f'{{"tokens":{LONG},"tokens":[1]}}', 1),
+        (f'{{"tokens":[1],"tokens":{LONG}}}', 60_000),
+        (f'{{"tokens":{LONG},"other":"{LONG}"}}', 60_000),
+        (f'{{"tokens":{LONG},"engines":["0"]}}', 60_000),
+        (f'{{"tokens":{LONG},"engines":{json.dumps([{"name": "e, [1]"}] * 8000)}}}', 60_000),
+    ],
+    ids=["unknown", "nested", "twice", "twice, long", "in a string", "short", "objects"],
+)
+def test_a_long_list_wherever_it_is_changes_nothing(body: str, tokens: int) -> None:
+    decoder = RequestDecoder(Lenient)
+    assert len(body) > LONG_BYTES
+    request = asyncio.run(decoder.decode(body.encode()))
+    assert len(request.tokens) == tokens
+    assert list(request.tokens[:1]) == [1 if tokens == 1 else 100_000]
+    assert len(request.engines) == body.count('"name"') + body.count('"0"')
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"name":"%b"}' % (b"a" * WHOLE_BYTES_MAX),
+        b'{"engines":[%b]}' % b",".join([b'{"name":""}'] * 100_000),
+        b'{"tokens":[%b],"x":{%b}}' % (b",".join([b"1"] * 50_000), b",".join([b'"a":1'] * 200_000)),
+        b"[" * WHOLE_BYTES_MAX * 2,
+        b'{"tokens":["%b"]}' % b",".join([b"1"] * 1_000_000),
+    ],
+    ids=["a string", "objects", "fields", "no JSON", "a string in a list"],
+)
+def test_a_long_body_that_cannot_be_decoded_in_slices_is_refused(body: bytes) -> None:
+    with pytest.raises(InvalidRequest, match=rf"body of {len(body)} bytes, .* give at most 1048576 beside"):
+        asyncio.run(RequestDecoder(Lenient).decode(body))
+
+
+def test_a_list_that_is_much_too_long_is_refused_before_it_is_decoded() -> None:
+    class Few(msgspec.Struct):
+        keys: Annotated[list[int | str], msgspec.Meta(extra_json_schema={"maxItems": 7})] | None = None
+
+    body = b'{"keys":[%b]}' % b",".join([b'"00"'] * 100_000)
+    with pytest.raises(InvalidRequest, match=r"^100000 keys; give at most 7$"):
+        asyncio.run(RequestDecoder(Few).decode(body))
 
 
 @pytest.mark.parametrize("name", ["keys", "name"])
@@ -212,6 +279,12 @@ def test_who_asks_too_often_is_told_when_to_ask_again_and_others_go_on(index: Lo
     assert limited[0][1].startswith("more than 100 requests a second; ask again in 0.0")
     assert index.ask(body=json.loads(body), token="alpha-token")[0] == 200
     connection.close()
+
+
+def test_a_long_list_in_a_field_that_nobody_knows_is_no_mistake_of_the_server(index: Locator) -> None:
+    for path, status in (("/query", 200), ("/v1/lookup", 422)):
+        body = f'{{"model":"m","{"token_ids" if path == "/query" else "tokens"}":[1],"other":{LONG}}}'
+        assert index.ask(path, body.encode(), token="store-token")[0] == status
 
 
 def test_another_method_is_refused_with_those_that_there_are(index: Locator) -> None:

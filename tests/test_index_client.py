@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.block import Medium, Namespace
+from kvstore.callers import Callers
 from kvstore.client import IndexClient, StoreClient
 from kvstore.engine_hashes import vllm_block_hashes
 from kvstore.engine_keys import engine_keys, vllm_scheme
@@ -29,22 +30,25 @@ from kvstore.errors import (
     InvalidRequest,
     KVStoreError,
     ProtocolError,
+    TooManyRequests,
     Unauthorized,
     Unavailable,
 )
 from kvstore.hits import EngineHits, HitGroups, Question, pack_keys
-from kvstore.index import lookup_server
+from kvstore.index import lookup_server, lookup_session
 from kvstore.index.compact import Compact
 from kvstore.index.keytable import ROOT, Key
 from kvstore.index.locality import Locality
 from kvstore.index.lookup_server import LookupServer
 from kvstore.index.placement import Engine, Placement
+from kvstore.index.searching import search
 from kvstore.lookup_messages import (
     HELLO_BYTES_MAX,
     KEYS_MAX,
     QUESTIONS_MAX,
     TOKENS_MAX,
     Answer,
+    Challenge,
     Failure,
     Find,
     Found,
@@ -53,8 +57,9 @@ from kvstore.lookup_messages import (
     decode_answer,
     frame,
 )
-from kvstore.messages import Hello
-from kvstore.protocol import HEADER, MAJOR, MINOR
+from kvstore.messages import Hello, Proof
+from kvstore.protocol import HEADER, MAJOR, MINOR, token_mark, token_proof
+from kvstore.rate import Rate
 from tests import readme
 from tests.locator import Locator
 from tests.node import SLACK_S, Node, wait_for
@@ -67,14 +72,19 @@ FIELDS: dict[str, str | int] = {"block_tokens": 16, "scheme": NUMBERS.scheme}
 class Serving:
     """A server over a Locality, on an event loop in a thread of its own."""
 
-    def __init__(self, token: str | None = None, age_s: float = 0.25) -> None:
+    def __init__(
+        self, token: str | None = None, age_s: float = 0.25, per_s: float = 0, **routers: str
+    ) -> None:
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
         self._sock = socket.create_server(("127.0.0.1", 0))
         self.address = f"tcp://127.0.0.1:{self._sock.getsockname()[1]}"
         self.locality = Locality()
-        self.server: LookupServer = self.run(lambda: LookupServer(self.locality, lambda: age_s, token))
+        callers, rate = Callers(token, routers), Rate(per_s, burst=2)
+        self.server: LookupServer = self.run(
+            lambda: LookupServer(self.locality, lambda: age_s, callers, rate)
+        )
         asyncio.run_coroutine_threadsafe(self.server.listen(self._sock), self._loop).result(10)
 
     def run(self, work: Callable[[], Any]) -> Any:
@@ -122,8 +132,8 @@ class Serving:
 
 
 @contextmanager
-def serving(token: str | None = None) -> Iterator[Serving]:
-    server = Serving(token)
+def serving(token: str | None = None, per_s: float = 0, **routers: str) -> Iterator[Serving]:
+    server = Serving(token, per_s=per_s, **routers)
     try:
         yield server
     finally:
@@ -228,6 +238,35 @@ def test_a_publisher_that_begins_anew_or_is_silent_has_nothing_of_before() -> No
         assert names() == ["a", "b"]
 
 
+def test_very_many_keys_are_answered_in_steps_and_in_their_turn() -> None:
+    keys = list(range(1, 20_001))
+    with serving() as server, server.connect() as sock:
+        server.set_engines(Engine("a"), Engine("b"))
+        server.store("a", keys, parent=None)  # nobody knows what precedes them, so all are walked
+        server.store("b", keys[:15_000], parent=None)
+        packed, width = pack_keys(keys)
+        asked = [Hello(MAJOR, MINOR, bytes(32)), NameQuestion("m", fields=FIELDS)]
+        frames = [frame(number, each) for number, each in enumerate(asked, 1)]
+        frames.append(frame(3, Find(1, width), packed))
+        frames.append(frame(4, Find(1, width), packed[: 100 * width]))
+        sock.sendall(b"".join(frames))
+        answers = [received(sock) for _ in range(4)]
+        assert [answer and answer[0] for answer in answers] == [1, 2, 3, 4]
+        found = [answer[1].tokens for answer in answers if answer and isinstance(answer[1], Found)]
+        assert found == [[16 * 20_000, 16 * 15_000], [1600]]
+        with server.client() as index:  # and another time, after somebody else
+            assert index.lookup("m", keys, namespace=FIELDS).engines[0].gpu == 16 * 20_000
+
+
+def run(steps: Generator[None, None, Any]) -> Any:
+    """What a generator returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
 ENGINES = (
     Engine("a"),
     Engine("b", ("n1",)),
@@ -266,6 +305,10 @@ def test_groups_say_what_placements_say(
     compact = Compact(locality)
     keys = [1, 2, 3, 4, 5, 6]
     question = {SPACES[number]: keys for number in sorted(asked)}
+
+    def found() -> dict[Namespace, list[tuple[int, int]]]:
+        return {space: locality.depths(space, keys) for space in question}
+
     for step, (name, space, medium, depth, stores) in enumerate(events):
         holding = locality.holding(name) or locality.open(name)
         locality.show(holding)
@@ -274,15 +317,16 @@ def test_groups_say_what_placements_say(
         else:
             holding.removed(space, medium, keys[depth:])
         if step % 3 == 0:
-            compact.groups(question)  # what it remembers must not outlive what it is about
+            compact.groups(found())  # what it remembers must not outlive what it is about
     for name in muted:
         locality.mute(name)
-    groups = compact.groups(question)
+    groups = compact.groups(found())
+    assert run(search(locality, question, at_once=2)) == found()
     names = tuple(engine.name for engine in ENGINES)
     hits = {hit.engine: hit for hit in HitGroups(tuple(groups), names, 0.0).hits().engines}
     placements = locality.find(question)
     some = [*ENGINES[::2], Engine("unknown")]
-    assert compact.placements(question, some) == [*placements[::2], Placement("unknown")]
+    assert compact.placing(found())(some) == [*placements[::2], Placement("unknown")]
     for one in placements:
         hit = hits.get(one.engine, EngineHits(one.engine, 0, 0, 0, 0))
         assert (hit.gpu, hit.dram, hit.nvme, hit.remote) == (one.gpu, one.dram, one.nvme, one.remote)
@@ -303,6 +347,60 @@ def test_a_token_is_proved_by_both_sides() -> None:
             server.client(token="another")
 
 
+@pytest.mark.parametrize("token", ["secret", None])
+def test_a_router_proves_its_own_token_beside_the_stores(token: str | None) -> None:
+    with serving(token, alpha="one", beta="two") as server:
+        for known in filter(None, ("one", "two", token)):
+            with server.client(token=known) as index:
+                assert index.lookup("m", PROMPT).engines == ()
+        for unknown in ("three", "alpha", ""):
+            with pytest.raises(Unauthorized, match="does not know this token"):
+                server.client(token=unknown)
+        with pytest.raises(Unauthorized, match="give token="):
+            server.client()
+
+
+def test_whose_token_it_is_does_not_spare_the_proof() -> None:
+    with serving("secret", alpha="one") as server, server.connect() as sock:
+        sock.sendall(frame(1, Hello(MAJOR, MINOR, bytes(32), mark=token_mark("one"))))
+        challenge = received(sock)
+        assert challenge is not None
+        assert isinstance(challenge[1], Challenge)
+        proof = token_proof("secret", "client", bytes(32), challenge[1].nonce)
+        sock.sendall(frame(2, Proof(proof)))
+        refused = received(sock)
+        assert refused is not None
+        assert isinstance(refused[1], Failure)
+        assert refused[1].code == "unauthorized"
+
+
+def test_a_client_that_says_not_which_token_it_has_proves_the_stores() -> None:
+    with serving("secret", alpha="one") as server, server.connect() as sock:
+        sock.sendall(frame(1, Hello(MAJOR, MINOR, bytes(32))))
+        challenge = received(sock)
+        assert challenge is not None
+        assert isinstance(challenge[1], Challenge)
+        assert challenge[1].proof == token_proof("secret", "daemon", bytes(32), challenge[1].nonce)
+
+
+def test_lookups_beyond_a_callers_rate_are_refused_and_the_connection_goes_on() -> None:
+    with serving("secret", per_s=0.001, alpha="one") as server:
+        server.set_engines(Engine("a"))
+        with server.client(token="one") as index, server.client(token="secret") as other:
+            for _ in range(2):
+                index.lookup("m", PROMPT)
+            for _ in range(2):
+                with pytest.raises(TooManyRequests, match=r"more than 0\.001 requests a second; ask"):
+                    index.lookup("m", PROMPT)
+            with pytest.raises(TooManyRequests):
+                index.lookup_tokens("m", [1, 2])
+            assert index.engines() == ("a",)
+            assert server.server.refused == 3
+            with server.client(token="one") as again, pytest.raises(TooManyRequests):
+                again.lookup("m", PROMPT)
+            assert other.lookup("m", PROMPT).engines == ()
+
+
 def test_a_question_that_is_none_is_refused_and_the_connection_goes_on(shared: Serving) -> None:
     with shared.client() as index:
         for refused, reason in (
@@ -317,6 +415,15 @@ def test_a_question_that_is_none_is_refused_and_the_connection_goes_on(shared: S
             (lambda: index.lookup("m", PROMPT, engines=["e"] * 8193), "give at most 8192"),
             (lambda: index.lookup("m", [b"long", b"short"]), "all of 4 bytes"),
             (lambda: index.lookup("m", [1 << 64]), "64 bits"),
+            (lambda: index.lookup("m", PROMPT, namespace={"block_tokens": 1.5}), "'block_tokens' is 1.5"),
+            (lambda: index.lookup("m", PROMPT, namespace={"block_tokens": True}), "is True"),
+            (lambda: index.lookup("m", PROMPT, namespace={"block_tokens": 1 << 64}), "64 bits"),
+            (lambda: index.lookup("m", PROMPT, namespace={"scheme": ["a"]}), r"'scheme' is \['a'\]"),
+            (lambda: index.lookup("m", PROMPT, namespace={"scheme": "a", 1: "b"}), "no strings"),  # type: ignore[dict-item]
+            (lambda: index.lookup("m", PROMPT, engines=["a:1", 7]), "no strings"),  # type: ignore[list-item]
+            (lambda: index.lookup("\ud800", PROMPT), "no strings"),
+            (lambda: index.lookup("m", [1] * (1 << 20)), "send at most"),
+            (lambda: index.lookup("m", PROMPT, engines=["e" * (5 << 20)]), "send at most"),
         ):
             with pytest.raises(InvalidRequest, match=reason):
                 refused()
@@ -441,6 +548,43 @@ def test_there_is_a_limit_to_connections(shared: Serving, monkeypatch: pytest.Mo
         with pytest.raises(ProtocolError, match="the limit is 1"):
             shared.client()
         assert index.engines()
+
+
+def test_who_says_no_hello_takes_no_routers_place(shared: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookup_server, "CONNECTIONS_MAX", 1)
+    monkeypatch.setattr(lookup_server, "STRANGERS_MAX", 2)
+    wait_for(lambda: not shared.server.connections)
+    silent = [shared.connect() for _ in range(20)]
+    try:
+        with shared.client() as index:
+            for sock in silent[:-2]:
+                answer = received(sock)
+                assert answer is not None
+                assert isinstance(answer[1], Failure)
+                assert "2 others came" in answer[1].text
+                assert received(sock) is None
+            assert index.engines()
+    finally:
+        for sock in silent:
+            sock.close()
+
+
+def test_questions_with_too_many_names_are_forgotten_early(
+    shared: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookup_session, "NAMES_BYTES_MAX", 150_000)
+    with shared.client() as index:
+        session = next(iter(shared.server._sessions))
+        for number in range(20):
+            engines = ["a:1", *(f"{number}-{other}" for other in range(400))]
+            assert index.lookup("m", PROMPT, namespace=FIELDS, engines=engines).engines == (A,)
+        assert len(session._questions) == 2
+        assert session._names_bytes == sum(one.names_bytes for one in session._questions.values()) <= 150_000
+        # One alone may have more.
+        engines = ["a:1", *(f"other-{other}" for other in range(2000))]
+        for _ in range(2):
+            assert index.lookup("m", PROMPT, namespace=FIELDS, engines=engines).engines == (A,)
+        assert len(session._questions) == 1
 
 
 def test_threads_share_a_client(shared: Serving) -> None:

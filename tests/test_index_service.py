@@ -109,7 +109,7 @@ def test_a_prompt_of_a_million_tokens_holds_up_nobody_else(index: Locator, store
         while not lookup.done():
             assert index.ask("/healthz") == (200, "ok\n")
     assert lookup.result()
-    assert index.metric("kvstore_index_loop_late_max_seconds") < 0.5
+    assert index.metric("kvstore_index_loop_stall_max_seconds") < 0.2
 
 
 def test_salted_and_unsalted_prompts_do_not_answer_for_each_other(index: Locator, store: StoreClient) -> None:
@@ -160,23 +160,26 @@ def test_salted_and_unsalted_prompts_do_not_answer_for_each_other(index: Locator
             "block hash is 18446744073709551616; give a number of 64 bits or 8 to 32 bytes",
         ),
         ({"model": "m", "keys": ["00"], "lora": "l"}, "lora and media beside keys, which hold them"),
-        ({"model": "m", "keys": ["00"], "namespace": {"salt": "s"}}, "a namespace has no field 'salt'; give"),
+        (
+            {"model": "m", "keys": ["00"], "namespace": {"salt": "s"}},
+            "unknown field `salt` - at `$.namespace`",
+        ),
         ({"model": "m", "tokens": [], "namespace": {"dtype": "x"}}, "a namespace without keys; give keys"),
         (
             {"model": "m", "keys": ["00"], "namespace": {"block_tokens": "16"}},
-            "namespace block_tokens is '16'; give 1 to 1048576 tokens",
+            "Expected `int`, got `str` - at `$.namespace.block_tokens`; it is '16'",
         ),
         (
             {"model": "m", "keys": ["00"], "namespace": {"block_tokens": "9" * 100_000}},
-            "namespace block_tokens is '999",
+            "Expected `int`, got `str` - at `$.namespace.block_tokens`; it is '999",
         ),
         (
-            {"model": "m", "keys": ["00"], "namespace": {"block_tokens": 1.5}},
-            "namespace block_tokens is 1.5; give 1 to 1048576 tokens",
+            {"model": "m", "keys": ["00"], "namespace": {"block_tokens": 0}},
+            "namespace block_tokens is 0; give 1 to 1048576 tokens",
         ),
         (
             {"model": "m", "keys": ["00"], "namespace": {"group": 0}},
-            "namespace group is '0'; give a string of at most 512 characters",
+            "Expected `str`, got `int` - at `$.namespace.group`; it is 0",
         ),
         ({"model": "m", "tokens": [], "engines": ["e"] * 8193}, "8193 engines; give at most 8192"),
         (b" " * ((16 << 20) + 1), "the body is too long: 16777217 bytes; the limit is 16777216 bytes"),
@@ -349,13 +352,13 @@ def test_answers_say_that_they_are_of_incomplete_knowledge(
             tmp_path / "index.toml", publisher, f'nodes = ["{node.endpoint("feed")}"]', "blocks_max = 2"
         )
         with Locator(*flags) as index:
-            wait_for(lambda: "connected to" in index.log)
+            publisher.wait_for_subscriber()
             publisher.publish([[1, None]])
             wait_for(lambda: gpu(index) == 16)
             assert index.placements(**question)["e"]["age_ms"] < 5000
             wait_for(lambda: told(index) == {"e": False, ENGINE: True})
         with Locator(*flags) as index:
-            wait_for(lambda: "connected to" in index.log)
+            publisher.wait_for_subscriber()
             publisher.publish([[2, None]], [[1, None]])
             wait_for(lambda: gpu(index) == 32)
             wait_for(lambda: told(index) == {"e": True, ENGINE: True})

@@ -305,6 +305,29 @@ def test_many_followers_of_one_key_cost_no_more_than_few() -> None:
     assert table.depths([b"system prompt", 5], ALL) == []
 
 
+def test_who_comes_and_goes_among_many_costs_no_more_than_among_few() -> None:
+    index = Locality()
+
+    def come(first: int, count: int) -> None:
+        for number in range(first, first + count):
+            holding = index.open(str(number))
+            holding.stored(VLLM, Medium.GPU, [number], ROOT)
+            index.show(holding)
+
+    def change() -> float:
+        began = time.perf_counter()
+        for _ in range(500):
+            index.mute("0")
+            index.unmute("0")
+        return time.perf_counter() - began
+
+    come(0, 10)
+    few = change()
+    come(10, 2000)
+    assert change() < 10 * few
+    index.check()
+
+
 def test_links_of_keys_that_never_come_are_not_kept() -> None:
     table = KeyTable(Masks())
     for number in range(5000):

@@ -5,6 +5,7 @@ import itertools
 import json
 import signal
 import socket
+import tracemalloc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from connectors.proxy.ask import CHAT as CHAT_COMPLETIONS
+from connectors.proxy.ask import COMPLETIONS, ask_of
+from connectors.proxy.engine import Engine
 from connectors.proxy.settings import load
 from connectors.proxy.transcript import Diverged, Transcript
 from kvstore.engine_hashes import vllm_block_hashes
@@ -233,10 +237,13 @@ def test_clients_need_the_token_where_there_is_one_and_engines_are_told_theirs()
         for given in ({}, {"Authorization": "Bearer inner"}):
             assert router.ask(COMPLETION, headers=given)[0] == 401
             assert router.ask(None, "/v1/models", given)[0] == 401
-        known = {"Authorization": "Bearer outer", "X-Request-Id": "7"}
+        known = {"Authorization": "Bearer outer", "X-Request-Id": "7", "X-Data-Parallel-Rank": "7"}
+        status, body = router.ask(COMPLETION, headers={**known, "Origin": "http://page"})
+        assert (status, "ask from a program" in json.loads(body)["error"]["message"]) == (403, True)
         assert router.ask(COMPLETION, headers=known)[0] == 200
         assert engine.headers[0]["Authorization"] == "Bearer inner"
         assert engine.headers[0]["x-request-id"] == "7"
+        assert "X-Data-Parallel-Rank" not in engine.headers[0]
 
 
 def test_no_more_requests_are_let_in_than_may_be_under_way() -> None:
@@ -245,6 +252,41 @@ def test_no_more_requests_are_let_in_than_may_be_under_way() -> None:
         with router.asked({**COMPLETION, "stream": True}) as response:
             response.readline()
             assert router.ask(COMPLETION)[0] == 503
+
+
+def test_no_more_bytes_of_bodies_are_taken_than_may_be_under_way() -> None:
+    with (
+        ServingEngine() as engine,
+        Asker([engine], body_bytes_max=100_000, bodies_bytes_max=100_000) as router,
+    ):
+        plan([engine], Act.STALL)
+        large = {**COMPLETION, "padding": "x" * 60_000}
+        with router.asked({**large, "stream": True}) as response:
+            response.readline()
+            status, body = router.ask(large)
+            assert (status, b"bodies of 100000 bytes are under way" in body) == (503, True)
+            assert router.ask(COMPLETION)[0] == 200
+        wait_for(lambda: router.ask(large)[0] == 200)
+
+
+def has_connection_from(port: int) -> bool:
+    """Whether anybody here is connected to this port of a client, or has still something to send to it."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    return any(line.split()[2].endswith(f":{port:04X}") for line in lines)
+
+
+def test_a_client_that_takes_nothing_loses_its_connection_and_its_request_at_the_engine() -> None:
+    with ServingEngine() as engine, Asker([engine], client_s=0.1) as router:
+        # Each piece repeats the model, and all of them are more than any buffers on the way.
+        asked = {**COMPLETION, "model": "m" * 100_000, "max_tokens": 500, "stream": True}
+        body = json.dumps(asked).encode()
+        with socket.create_connection(router.address, timeout=20) as slow:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            slow.sendall(head.encode() + body)
+            wait_for(lambda: engine.left == 1)
+            wait_for(lambda: router.metric("running") == 0)
+            wait_for(lambda: not has_connection_from(slow.getsockname()[1]))
+        assert router.ask(COMPLETION)[0] == 200
 
 
 def test_without_a_token_engines_are_told_what_the_client_says(
@@ -286,7 +328,7 @@ def test_a_prompt_goes_where_the_index_says_under_its_salt_and_adapter() -> None
         assert two.headers[0]["X-data-parallel-rank"] == "1"
         wait_for(lambda: len(index.outcomes) == 1)
         assert index.outcomes[0].pop("ttft_ms") > 0
-        assert index.outcomes.pop() == {"id": "7", "engine": two.address}
+        assert index.outcomes.pop() == {"id": "7", "engine": f"{two.address}#1"}
         # Token ids are used as they are, and a prompt is made tokens of once.
         assert router.ask({"prompt": TOKENS, "max_tokens": 1})[0] == 200
         assert router.ask({**COMPLETION, "model": ADAPTER})[0] == 200
@@ -294,6 +336,10 @@ def test_a_prompt_goes_where_the_index_says_under_its_salt_and_adapter() -> None
         assert one.tokenized + two.tokenized == 1
         wait_for(lambda: len(index.outcomes) == 2)
         assert [one["cached_tokens"] for one in index.outcomes] == [16, 16]
+        seen, unseen = sorted(index.outcomes, key=lambda one: one.get("ended", False))
+        assert seen["ttft_ms"] > 0
+        assert unseen["ended"] is True
+        assert "ttft_ms" not in unseen
         assert router.metric("choices_total", engine=two.address, reason="prefix") == 3
         # An image's tokens are not known here.
         image = {"type": "image_url", "image_url": {"url": "data:,"}}
@@ -303,7 +349,7 @@ def test_a_prompt_goes_where_the_index_says_under_its_salt_and_adapter() -> None
         index.lookups.clear()
         plan([two], Act.FAIL)
         assert router.ask({**COMPLETION, "model": ADAPTER})[0] == 200
-        wait_for(lambda: {"id": "7", "engine": two.address, "failed": True} in index.outcomes)
+        wait_for(lambda: {"id": "7", "engine": f"{two.address}#1", "failed": True} in index.outcomes)
         assert [len(one["engines"]) for one in index.lookups] == [2, 1]
 
 
@@ -314,6 +360,7 @@ def test_an_index_of_another_kind_costs_nothing_but_its_advice() -> None:
         index.status, index.answer = 200, {"placements": 1}
         assert router.ask(COMPLETION)[0] == 200
         assert router.metric("fallbacks_total", why="index-refused") == 7
+        assert "index-refused: 404 {" in router.log
 
 
 def test_requests_follow_the_index_and_do_without_when_it_is_away(tmp_path: Path) -> None:
@@ -332,7 +379,7 @@ def test_requests_follow_the_index_and_do_without_when_it_is_away(tmp_path: Path
             Locator("--config", str(config)) as index,
             Asker([one, two], index=f"http://{index.http}", lookup_ms=1000) as router,
         ):
-            wait_for(lambda: "connected to" in index.log)
+            publisher.wait_for_subscriber()
             publisher.publish([[hashes[0], None]], [[hashes[1], hashes[0]]])
             wait_for(lambda: index.finds("gpu", 32, two.address, model=MODEL, tokens=TOKENS))
             for number in range(6):
@@ -382,6 +429,7 @@ def test_prefill_and_decode_are_at_different_engines() -> None:
         ({"engines": ["http://a"], "atempts": 1}, "atempts"),
         ({"engines": ["http://a"], "listen": "0.0.0.0:80"}, "set KVSTORE_PROXY_TOKEN"),
         ({"engines": ["http://a"], "listen": "80"}, "HOST:PORT"),
+        ({"engines": ["http://a"], "bodies_bytes_max": 2048}, "give at least as much"),
         ({"engines": ["http://a"], "index": "b:7405"}, "give http://HOST:PORT"),
     ],
 )
@@ -426,6 +474,58 @@ def test_a_continuation_leaves_out_what_the_client_has_of_each_choice_and_list()
     transcript.take(piece("third", 0, 2, -0.5))
     with pytest.raises(Diverged, match="token_ids differs after 2 of 4"):
         transcript.take({"choices": [{"index": 1, "delta": {}, "token_ids": [9]}]})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ids"),
+    [
+        (b"[1, 23 ,456]", b"[1, 23 ,456]"),
+        (b"[ [1,2], [3] ]", b"[1,2]"),
+        (b"[]", None),
+        (b"[[], [1]]", None),
+        (b"[1, -2]", None),
+        (b"[1.5]", None),
+        (b"[true]", None),
+        (b'["see [1]"]', None),
+        (b'[1, "a"]', None),
+        (b'"[1]"', None),
+        (b'{"a": [1]}', None),
+        (b"[" + b"1," * (1 << 20) + b"1]", None),
+    ],
+)
+def test_token_ids_are_found_as_they_were_written(prompt: bytes, ids: bytes | None) -> None:
+    found = ask_of(COMPLETIONS, b'{"prompt": %b}' % prompt, {}).tokens
+    assert (found and bytes(found.json)) == ids
+    assert found is None or found.count == ids.count(b",") + 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("body", "known"),
+    [
+        (b'{"prompt": [%b]}' % b",".join([b"12345"] * 200_000), "tokens prefill"),
+        (b'{"prompt": [%b]}' % b",".join([b'""'] * 200_000), "prefill"),
+        (b'{"prompt": "", "other": [%b]}' % b",".join([b'{"a":1}'] * 200_000), "question"),
+        (b'{"messages": [%b]}' % b",".join([b'{"content":[{"type":"text"}]}'] * 100_000), "prefill"),
+        (b"{%b}" % b",".join([b'"%d":1' % number for number in range(200_000)]), ""),
+    ],
+    ids=["ids", "texts", "objects", "messages", "fields"],
+)
+def test_what_a_large_body_has_much_of_is_not_made_into_objects(body: bytes, known: str) -> None:
+    path = CHAT_COMPLETIONS if b"messages" in body else COMPLETIONS
+    tracemalloc.start()
+    try:
+        ask = ask_of(path, body, {})
+        said = {"tokens": ask.tokens, "prefill": ask.prefill, "question": ask.question}
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert {name for name, value in said.items() if value is not None} == set(known.split())
+    assert peak < 4 * len(body)
+
+
+@pytest.mark.parametrize("url", ["http://a", "http://a:80", "http://a:80/"])
+def test_an_engine_s_name_has_its_port_even_where_the_address_needs_none(url: str) -> None:
+    assert Engine(url).name == "a:80"
 
 
 places = st.lists(st.integers(0, 60), max_size=8)

@@ -219,7 +219,25 @@ def test_a_reserve_waits_for_nobody_beyond_its_time(
             await soon(lambda: pinned(store) == 2)
             assert index.reserving.release(reserved.id)
             other = Engine("elsewhere", ("nobody",))
-            assert await reserve(index, asking(namespace, names), other) == Reserved(0, {}, [])
+            nowhere = await reserve(index, asking(namespace, names), other)
+            assert nowhere == Reserved(0, {}, ["nobody is silent"])
+
+    run(test())
+
+
+def test_a_reserve_at_a_daemon_that_is_silent_says_so(
+    node: Node, store: StoreClient, namespace: Namespace
+) -> None:
+    names = keys(1)
+    fill(store, namespace, names, MIB)
+
+    async def test() -> None:
+        async with index_of(node) as index:
+            await known(index, namespace, 1)
+            with node.stopped():
+                await soon(lambda: not index.locality.depths(namespace, names))
+                reserved = await reserve(index, asking(namespace, names))
+                assert reserved == Reserved(0, {}, [f"{NODE} is silent"])
 
     run(test())
 
@@ -319,7 +337,7 @@ def test_what_readers_see_of_a_disk_is_what_the_index_predicts(
             ratios = [speed.seconds(4 * MIB) / seconds for seconds in times]
             assert 0.5 <= statistics.median(ratios) <= 2, (speed, ratios)
             await soon(lambda: index.speeds.token_bytes(namespace.model) == MIB / 16)
-            text = exposition(index.statistics, None)().decode()
+            text = (await exposition(index.statistics, None)()).decode()
             assert f'kvstore_index_node_bytes_per_second{{medium="nvme",node="{NODE}"}} ' in text
             assert f'kvstore_index_node_latency_seconds{{medium="nvme",node="{NODE}"}} ' in text
 

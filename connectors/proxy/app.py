@@ -68,6 +68,7 @@ class Door:
         self._settings = settings
         self._tokens = tokens
         self._inside = 0
+        self._bodies_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, from its first byte to its answer's last."""
@@ -81,21 +82,30 @@ class Door:
                     await client.refuse(exc.status, str(exc), exc.headers)
         finally:
             self._inside -= 1
+            self._bodies_bytes -= client.body_bytes
             self._means.metrics.request(scope["path"], client.status or "gone")
 
     async def _let_in(self, path: str, client: Client, request: Request) -> None:
-        if refusal(request, self._tokens.clients) is not None:
-            raise Problem(401, "give the token as Authorization: Bearer", {"www-authenticate": "Bearer"})
+        if (refused := refusal(request, self._tokens.clients)) is not None:
+            sentence = bytes(refused.body).decode().strip()
+            raise Problem(refused.status_code, sentence, {"www-authenticate": "Bearer"})
         if self._inside > self._settings.requests_max:
             sentence = f"{self._settings.requests_max} requests are under way; ask again later"
             raise Problem(503, sentence, {"retry-after": "1"})
-        body = await client.body(self._settings.body_bytes_max, self._settings.body_s)
+        body = await client.body(self._settings.body_bytes_max, self._settings.body_s, self._came)
         headers = client.passed_on() | self._tokens.passed_on(client.headers.get("authorization"))
         try:
             ask = ask_of(path, body, headers)
         except InvalidRequest as exc:
             raise Problem(400, str(exc)) from exc
         await _while_there(client, answer(ask, client, self._means))
+
+    def _came(self, nbytes: int) -> None:
+        """So many bytes more are there, until their request is over."""
+        self._bodies_bytes += nbytes
+        if self._bodies_bytes > self._settings.bodies_bytes_max:
+            sentence = f"bodies of {self._settings.bodies_bytes_max} bytes are under way; ask again later"
+            raise Problem(503, sentence, {"retry-after": "1"})
 
 
 async def _while_there(client: Client, answering: Coroutine[Any, Any, None]) -> None:

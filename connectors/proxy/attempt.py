@@ -13,7 +13,7 @@ from connectors.proxy.engines import Engines
 from connectors.proxy.events import Event, Events, event_of
 from connectors.proxy.metrics import Metrics
 from connectors.proxy.transcript import Transcript
-from connectors.proxy.whole import Whole, whole_of
+from connectors.proxy.whole import whole_of
 from kvstore.errors import ProtocolError
 
 _OK: Final = 200
@@ -58,7 +58,10 @@ class Attempt:
         if self._client.status is not None:
             raise EngineFailed(f"engine {self._name} answered {answer.status} to what another one had begun")
         if answer.status == _OK:
-            self._report_whole(self._first_byte(work), whole_of(body))
+            said, took_s = whole_of(body), self._first_byte(work)
+            # Otherwise nobody saw when the first token came.
+            ttft_s = took_s if said.is_first_token else None
+            self._chooser.report(self._choice, ttft_s=ttft_s, cached_tokens=said.cached_tokens)
         await self._client.answer(answer.status, answer.content_type, body)
 
     async def _stream(self, answer: Answer, work: Work) -> None:
@@ -101,12 +104,6 @@ class Attempt:
             yield from events.feed(piece)
         except ProtocolError as exc:
             raise EngineFailed(f"engine {self._name} sent {exc}") from exc
-
-    def _report_whole(self, took_s: float, said: Whole) -> None:
-        """Only its end was seen: unless that says otherwise, the first token came when it was expected."""
-        if not said.is_first_token and self._choice.expected_s is not None:
-            took_s = min(took_s, self._choice.expected_s)
-        self._chooser.report(self._choice, ttft_s=took_s, cached_tokens=said.cached_tokens)
 
     def _first_byte(self, work: Work) -> float:
         """The prompt waits no longer; the seconds that it did."""

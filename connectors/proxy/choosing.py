@@ -9,6 +9,7 @@ from connectors.proxy.engine import Engine
 from connectors.proxy.fleet import Fleet, least_loaded
 from connectors.proxy.index import Index, Outcome, Question, Why
 from connectors.proxy.metrics import Metrics
+from connectors.proxy.token_ids import TokenIds
 from connectors.proxy.tokens import Tokenizer, about
 
 
@@ -25,8 +26,7 @@ class Reason(StrEnum):
 class Choice:
     """An engine for a request of about so many tokens, and its data-parallel rank where the index names one.
 
-    `id` is what the index calls the choice, where it is to hear what became of it, and `expected_s` when it
-    expects the first token.
+    `id` is what the index calls the choice, where it is to hear what became of it.
     """
 
     engine: Engine
@@ -34,7 +34,6 @@ class Choice:
     reason: Reason
     rank: str = ""
     id: str | None = None
-    expected_s: float | None = None
 
 
 class Chooser:
@@ -75,10 +74,13 @@ class Chooser:
         cached_tokens: int | None = None,
         failed: bool = False,
     ) -> None:
-        """Tell the index what became of a choice that it has made: the first token came, or never will."""
+        """Tell the index what became of a choice that it has made: the first token came after `ttft_s`,
+        or when nobody saw it, or never will."""
         if self._index is not None and choice.id is not None:
+            name = f"{choice.engine.name}#{choice.rank}" if choice.rank else choice.engine.name
             ttft_ms = None if ttft_s is None else round(ttft_s * 1000, 3)
-            self._index.outcome(Outcome(choice.id, choice.engine.name, ttft_ms, cached_tokens, failed))
+            ended = ttft_s is None and not failed
+            self._index.outcome(Outcome(choice.id, name, ttft_ms, cached_tokens, failed, ended))
 
     async def _known(self, ask: Ask, candidates: Sequence[Engine]) -> Choice | Why:
         """What the index says, or why it says nothing."""
@@ -95,10 +97,10 @@ class Chooser:
             if engine is not None and engine in candidates:
                 reason = Reason.PREFIX if placement.remote or placement.expected else Reason.ESTIMATE
                 _, _, rank = placement.engine.partition("#")
-                return Choice(engine, len(tokens), reason, rank, found.id, placement.expected_s)
+                return Choice(engine, tokens.count, reason, rank, found.id)
         return Why.UNKNOWN
 
-    def _question(self, ask: Ask, tokens: list[int]) -> Question:
+    def _question(self, ask: Ask, tokens: TokenIds) -> Question:
         base = self._adapters.get(ask.model) or self.fleet.parent(ask.model)
         model, lora = (base, ask.model) if base else (ask.model, "")
-        return Question(model, tokens, ask.salt, lora)
+        return Question(model, tokens.json, ask.salt, lora)

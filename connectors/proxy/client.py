@@ -1,7 +1,7 @@
 """The client's side of one request: its body, what it is told, and whether it is still there."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -25,6 +25,7 @@ _NOT_PASSED_ON: Final = {
     "trailer",
     "transfer-encoding",
     "upgrade",
+    "x-data-parallel-rank",
 }
 
 _NONE: Final[Mapping[str, str]] = MappingProxyType({})
@@ -49,6 +50,7 @@ class Client:
     def __init__(self, scope: Scope, receive: Receive, send: Send, timeout_s: float) -> None:
         self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         self.status: int | None = None
+        self.body_bytes = 0  # that have come
         self._receive = receive
         self._send = send
         self._timeout_s = timeout_s
@@ -57,8 +59,10 @@ class Client:
         """The headers that go to an engine, but for what says who the client is."""
         return {name: value for name, value in self.headers.items() if name not in _NOT_PASSED_ON}
 
-    async def body(self, limit_bytes: int, timeout_s: float) -> bytes:
-        """All of it; of one that is too long as much again is read, so that who sends it has the answer.
+    async def body(self, limit_bytes: int, timeout_s: float, came: Callable[[int], None]) -> bytes:
+        """All of it, while `came` is told of each piece's length and may raise Problem.
+
+        Of one that is too long as much again is read, so that who sends it has the answer.
 
         Raises:
             Problem: it is too long, or late.
@@ -71,7 +75,10 @@ class Client:
                     message = await self._receive()
                     if message["type"] == "http.disconnect":
                         raise ClientGone
-                    body += message.get("body", b"")
+                    piece = message.get("body", b"")
+                    body += piece
+                    self.body_bytes += len(piece)
+                    came(len(piece))
                     is_last = not message.get("more_body", False)
                     if len(body) > (limit_bytes if is_last else 2 * limit_bytes):
                         raise Problem(413, f"the body is longer than {limit_bytes} bytes; send less")

@@ -31,9 +31,7 @@ class Engine:
 
     def __init__(self, url: str) -> None:
         self.url = _checked(url)
-        self.name = f"{self.url.host_port_subcomponent}"
-        if self.url.explicit_port is None:
-            self.name = f"{self.url.host_subcomponent}:{self.url.port}"
+        self.name = f"{self.url.host_subcomponent}:{self.url.port}"
         self.away = asyncio.Event()
         self.away.set()
         self.why_away = "was not asked yet"

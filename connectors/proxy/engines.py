@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Final
 
 import aiohttp
 
@@ -63,8 +63,8 @@ class Engines:
         headers: Mapping[str, str],
         timeout_s: float,
         body: bytes | None = None,
-    ) -> Any:
-        """What it says there, as JSON or else None; with a body it is posted.
+    ) -> bytes:
+        """What it says there; with a body it is posted.
 
         Raises:
             EngineFailed: it does not, or not in time.
@@ -78,8 +78,7 @@ class Engines:
             ):
                 if response.status >= _CLIENT_ERROR:
                     raise await _refused(engine, response)
-                is_json = "json" in response.headers.get("Content-Type", "")
-                return await response.json() if is_json else None
+                return await response.read()
 
     async def close(self) -> None:
         """End all connections."""

@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
+import msgspec
+
 from connectors.proxy.answer import EngineFailed
 from connectors.proxy.engine import Engine
 from connectors.proxy.engines import Engines
@@ -15,6 +17,10 @@ _PROBE_LAST_S: Final = 2.0
 _PROBE_TIMEOUT_S: Final = 2.0
 # How often an engine that is there is asked whether it is, and for its models: adapters come and go.
 _LOOK_EVERY_S: Final = 10.0
+
+
+class _Models(msgspec.Struct):
+    data: list[dict[str, Any]] = []
 
 
 class Fleet:
@@ -88,8 +94,10 @@ def least_loaded(candidates: Sequence[Engine]) -> Engine:
     return min(candidates, key=lambda engine: (engine.waiting_tokens, engine.running))
 
 
-def _entries(listed: Any) -> dict[str, dict[str, Any]]:
-    """Of an answer to GET /v1/models, each entry by its model's name."""
-    data = listed.get("data") if isinstance(listed, dict) else None
-    entries = [entry for entry in data or () if isinstance(entry, dict)]
+def _entries(listed: bytes) -> dict[str, dict[str, Any]]:
+    """Of an answer to GET /v1/models, each entry by its model's name; of another answer none."""
+    try:
+        entries = msgspec.json.decode(listed, type=_Models).data
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return {}
     return {entry["id"]: entry for entry in entries if isinstance(entry.get("id"), str)}

@@ -38,26 +38,12 @@ class Why(StrEnum):
     UNKNOWN = "no-known-engine"
 
 
-class Estimate(msgspec.Struct):
-    """What the index expects."""
-
-    ttft_ms: float | None = None
-
-
 class Placement(msgspec.Struct):
     """What is used of a placement: `remote` tokens of the prompt are anywhere near, `expected` will be."""
 
     engine: str
     remote: int = 0
     expected: int = 0
-    estimate: Estimate | None = None
-
-    @property
-    def expected_s(self) -> float | None:
-        """When the first token is expected."""
-        if self.estimate is None or self.estimate.ttft_ms is None:
-            return None
-        return self.estimate.ttft_ms / 1000
 
 
 class Found(msgspec.Struct):
@@ -71,19 +57,22 @@ class Question(msgspec.Struct, omit_defaults=True):
     """A prompt to look up."""
 
     model: str
-    tokens: list[int]
+    tokens: msgspec.Raw
     salt: str = ""
     lora: str = ""
+    engines: list[Mapping[str, Any]] = []
+    route: bool = False
 
 
 class Outcome(msgspec.Struct, omit_defaults=True):
-    """What became of the lookup `id`."""
+    """What became of the lookup `id`; `ended`: nobody saw when the first token came."""
 
     id: str
     engine: str
     ttft_ms: float | None = None
     cached_tokens: int | None = None
     failed: bool = False
+    ended: bool = False
 
 
 _found: Final = msgspec.json.Decoder(Found).decode
@@ -105,6 +94,7 @@ class Index:
         )
         self._pause = Pause()
         self._state: Why | None = None
+        self._problem = ""  # of the last lookup that failed
         self._outcomes: asyncio.Queue[Outcome] = asyncio.Queue(_OUTCOMES_MAX)
 
     async def lookup(self, question: Question, candidates: Sequence[Engine]) -> Found | Why:
@@ -113,8 +103,8 @@ class Index:
         if not self._pause.asks(began_s):
             return Why.AWAY
         engines = [_load(engine) for engine in candidates]
-        body = msgspec.json.encode({**msgspec.to_builtins(question), "engines": engines, "route": True})
-        found = await self._asked(body)
+        asked = msgspec.structs.replace(question, engines=engines, route=True)
+        found = await self._asked(msgspec.json.encode(asked))
         self._note(found if isinstance(found, Why) else None)
         if found in (Why.AWAY, Why.LATE):
             self._pause.failed(time.monotonic())
@@ -144,12 +134,18 @@ class Index:
         try:
             async with asyncio.timeout(self._deadline_s):
                 status, answer = await self._post("/v1/lookup", body)
-            return _found(answer) if status == 200 else Why.REFUSED
+            if status == 200:
+                return _found(answer)
+            self._problem = f"{status} {answer.decode(errors='replace').strip():.200}"
+            return Why.REFUSED
         except TimeoutError:
+            self._problem = f"no answer within {self._deadline_s:g} s"
             return Why.LATE
-        except (aiohttp.ClientError, OSError):
+        except (aiohttp.ClientError, OSError) as exc:
+            self._problem = str(exc) or type(exc).__name__
             return Why.AWAY
-        except msgspec.DecodeError:
+        except msgspec.DecodeError as exc:
+            self._problem = f"its answer is of another kind: {exc}"
             return Why.REFUSED
 
     async def _report(self) -> None:
@@ -170,7 +166,8 @@ class Index:
         """A line in the log for what is new; None: it answers."""
         if state != self._state:
             self._state = state
-            logger.warning("the index at %s: %s", self._url, state or "answers again")
+            said = f"{state}: {self._problem}" if state else "answers again"
+            logger.warning("the index at %s: %s", self._url, said)
 
 
 def _load(engine: Engine) -> Mapping[str, Any]:

@@ -1,29 +1,16 @@
 """What the router counts, as Prometheus reads it."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final, Protocol
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from connectors.proxy.engine import Engine
+
 _TTFT_BOUNDS_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _LOOKUP_BOUNDS_S: Final = (5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25)
-
-
-class Loaded(Protocol):
-    """What is shown of an engine."""
-
-    name: str
-
-    @property
-    def waiting_tokens(self) -> int: ...
-
-    @property
-    def running(self) -> int: ...
-
-    @property
-    def is_there(self) -> bool: ...
 
 
 class Metrics:
@@ -83,7 +70,7 @@ class Metrics:
         """An engine has begun to answer."""
         self._ttft.labels(engine).observe(seconds)
 
-    def exposition(self, engines: Iterable[Loaded]) -> Callable[[], bytes]:
+    def exposition(self, engines: Iterable[Engine]) -> Callable[[], bytes]:
         """A function that gives the text of /metrics."""
         self._registry.register(_EngineCollector(engines))
         return lambda: generate_latest(self._registry)
@@ -95,7 +82,7 @@ class Metrics:
 class _EngineCollector(Collector):
     """Reads engines when they are asked for."""
 
-    def __init__(self, engines: Iterable[Loaded]) -> None:
+    def __init__(self, engines: Iterable[Engine]) -> None:
         self._engines = engines
 
     def collect(self) -> Iterator[Metric]:

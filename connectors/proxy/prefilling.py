@@ -15,13 +15,14 @@ _OK: Final = 200
 
 async def prefilled(ask: Ask, chooser: Chooser, engines: Engines, metrics: Metrics) -> Ask:
     """The request for the decode, once a prefill is done; as it is where there is none, or it fails."""
-    choice = await chooser.choose(ask, ())
-    if choice is None:
+    prefill = ask.prefill
+    choice = None if prefill is None else await chooser.choose(ask, ())
+    if prefill is None or choice is None:
         return ask
     began_s = time.monotonic()
     made = None
     try:
-        made, state = await _made(ask.prefill, choice, engines)
+        made, state = await _made(prefill, choice, engines)
     finally:
         if made is None:
             chooser.report(choice, failed=True)

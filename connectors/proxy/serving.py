@@ -1,7 +1,9 @@
 """The router's process: engines, index and HTTP on one event loop, until SIGTERM."""
 
 import asyncio
+import resource
 import signal
+import socket
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Final
@@ -20,6 +22,7 @@ from connectors.proxy.metrics import Metrics
 from connectors.proxy.settings import Settings
 from connectors.proxy.tokens import Tokenizer
 from kvstore import logs
+from kvstore.http_connection import Limits
 from kvstore.http_server import HttpServer
 from kvstore.listening import endpoint, listen_http
 
@@ -33,6 +36,9 @@ def serve_proxy(settings: Settings, tokens: Tokens, index_token: str | None) -> 
         ConfigError: an address is taken or is none.
     """
     logs.configure(settings.log_level, settings.log_format, "kvstore-proxy")
+    # Of each request two descriptors, and mostly no more than 1,024 unless one asks.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_run(settings, tokens, index_token))
 
@@ -65,7 +71,9 @@ async def _run(settings: Settings, tokens: Tokens, index_token: str | None) -> N
 async def _serve(app: FastAPI, settings: Settings, stop: asyncio.Event) -> None:
     """Until `stop`, and then for as long as what is under way takes, within limits."""
     sock = listen_http(settings.listen)
-    http = HttpServer(app)
+    # Connections inherit it. What is given up would wait for ever for a client that takes nothing.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * settings.client_s))
+    http = HttpServer(app, Limits(taken_s=settings.client_s))
     http.config.timeout_graceful_shutdown = settings.drain_s
     serving = asyncio.ensure_future(http.serve(sockets=[sock]))
     while not http.started and not serving.done():

@@ -1,6 +1,5 @@
 """What a router is told at its start: a TOML file with flags on top, into values that are checked."""
 
-import ipaddress
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ import msgspec
 
 from kvstore.config import parse_endpoint
 from kvstore.errors import ConfigError
+from kvstore.validation import is_loopback
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 
@@ -33,6 +33,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     body_s: Seconds = 30.0
     drain_s: Annotated[int, msgspec.Meta(ge=1, le=86400)] = 30
     body_bytes_max: Annotated[int, msgspec.Meta(ge=1024, le=1 << 30)] = 16 << 20
+    bodies_bytes_max: Annotated[int, msgspec.Meta(ge=1024, le=1 << 40)] = 256 << 20
     requests_max: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 1024
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["plain", "json"] = "plain"
@@ -62,18 +63,16 @@ def _check(settings: Settings, has_token: bool) -> None:
     for urls in (settings.engines, settings.prefill):
         if len(set(urls)) < len(urls):
             raise ConfigError(f"the engines {', '.join(urls)} are not all different; give each once")
+    if settings.bodies_bytes_max < settings.body_bytes_max:
+        raise ConfigError(
+            f"bodies_bytes_max is {settings.bodies_bytes_max}, and one body may have "
+            f"{settings.body_bytes_max}; give at least as much"
+        )
     if settings.index and not settings.index.startswith(("http://", "https://")):
         raise ConfigError(f"index is {settings.index!r}; give http://HOST:PORT")
     host, _ = parse_endpoint(settings.listen, "listen")
-    if not has_token and not _is_loopback(host):
+    if not has_token and not is_loopback(host):
         raise ConfigError(
             f"listen is {settings.listen}, which is beyond loopback, and clients need no token; "
             "set KVSTORE_PROXY_TOKEN"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -17,12 +17,19 @@ from connectors.proxy.engine import Engine
 from connectors.proxy.engines import Engines
 from connectors.proxy.fleet import least_loaded
 from connectors.proxy.pause import Pause
-from kvstore.tokens import TOKEN_MAX
+from connectors.proxy.token_ids import TokenIds, token_ids_in
 
-# Lists of numbers take 8 to 36 bytes a token.
-_REMEMBERED_TOKENS: Final = 1 << 20
+# As JSON they take up to 12 bytes each.
+_REMEMBERED_TOKENS: Final = 1 << 22
 _BYTES_PER_TOKEN: Final = 4
 _BAD_PROMPT: Final = (400, 401, 403, 413, 422)
+
+
+class _Tokenized(msgspec.Struct):
+    tokens: msgspec.Raw = msgspec.Raw()
+
+
+_decode: Final = msgspec.json.Decoder(_Tokenized).decode
 
 
 class Tokenizer:
@@ -32,27 +39,26 @@ class Tokenizer:
         self._engines = engines
         self._deadline_s = deadline_s
         self._pause = Pause()
-        self._remembered: OrderedDict[bytes, list[int]] = OrderedDict()
+        self._remembered: OrderedDict[bytes, TokenIds] = OrderedDict()
         self._remembered_tokens = 0
 
-    async def tokens_of(self, ask: Ask, candidates: Sequence[Engine]) -> list[int] | None:
+    async def tokens_of(self, ask: Ask, candidates: Sequence[Engine]) -> TokenIds | None:
         """The prompt's, or None where they cannot be had within the deadline."""
         if ask.tokens is not None:
             return ask.tokens
         question = ask.question
         if question is None:
             return None
-        body = msgspec.json.encode({"model": ask.model, **question})
-        digest = blake2b(body, digest_size=16).digest()
+        digest = blake2b(question, digest_size=16).digest()
         if digest in self._remembered:
             self._remembered.move_to_end(digest)
             return self._remembered[digest]
-        tokens = await self._asked(least_loaded(candidates), body, ask.headers)
+        tokens = await self._asked(least_loaded(candidates), question, ask.headers)
         if tokens is not None:
             self._remember(digest, tokens)
         return tokens
 
-    async def _asked(self, engine: Engine, body: bytes, headers: Mapping[str, str]) -> list[int] | None:
+    async def _asked(self, engine: Engine, body: bytes, headers: Mapping[str, str]) -> TokenIds | None:
         if not self._pause.asks(time.monotonic()):
             return None
         try:
@@ -65,14 +71,14 @@ class Tokenizer:
         self._pause.succeeded()
         return _tokens(answer)
 
-    def _remember(self, digest: bytes, tokens: list[int]) -> None:
+    def _remember(self, digest: bytes, tokens: TokenIds) -> None:
         if digest in self._remembered:
             return
         self._remembered[digest] = tokens
-        self._remembered_tokens += len(tokens)
+        self._remembered_tokens += tokens.count
         while self._remembered_tokens > _REMEMBERED_TOKENS:
             _, oldest = self._remembered.popitem(last=False)
-            self._remembered_tokens -= len(oldest)
+            self._remembered_tokens -= oldest.count
 
 
 def about(ask: Ask) -> int:
@@ -80,10 +86,8 @@ def about(ask: Ask) -> int:
     return len(ask.raw) // _BYTES_PER_TOKEN
 
 
-def _tokens(answer: Any) -> list[int] | None:
-    tokens = answer.get("tokens") if isinstance(answer, dict) else None
-    if isinstance(tokens, list) and tokens and isinstance(tokens[0], list):
-        tokens = tokens[0]
-    if not isinstance(tokens, list) or not tokens:
+def _tokens(answer: bytes) -> TokenIds | None:
+    try:
+        return token_ids_in(_decode(answer).tokens)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    return tokens if all(type(one) is int and 0 <= one <= TOKEN_MAX for one in tokens) else None

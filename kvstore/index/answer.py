@@ -3,14 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from kvstore.block import Namespace
 from kvstore.index.keytable import Key
 from kvstore.index.placement import Engine, Placement
 from kvstore.index.query import Query
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True, gc=False):
     """What an engine has of a prompt, and how good that knowledge is.
 
     `age_s` is that of the oldest of what is known of the engine and its nodes, infinite where one of them was
@@ -25,11 +26,20 @@ class Answer:
     incomplete: bool
 
 
+class Freshness(msgspec.Struct, frozen=True, gc=False):
+    """How good what is known of some nodes is, as in Answer; of no nodes, `age_s` is below all ages."""
+
+    age_s: float
+    epochs: dict[str, int]
+    incomplete: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Located:
-    """The answers in no order, and the prompt's keys in the namespaces that were looked in."""
+    """What each engine has, in no order, and the prompt's keys in the namespaces that were looked in."""
 
-    answers: Sequence[Answer]
+    engines: Sequence[Engine]
+    placements: Sequence[Placement]
     keys: Mapping[Namespace, Sequence[Key]]
     prompt_tokens: int
 

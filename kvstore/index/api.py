@@ -4,28 +4,26 @@ Whoever asks must know a token, where there is one; health and metrics are open.
 """
 
 import asyncio
-from collections.abc import Callable
 from typing import Final
 
 from kvstore.callers import Callers
 from kvstore.gate import Gate, Problem
-from kvstore.http_server import Readiness, health_app
+from kvstore.http_server import Metrics, Readiness, health_app
 from kvstore.index.asked import Lookup, Report
 from kvstore.index.dialects import Dialects
 from kvstore.index.lmcache_controller import LmcacheController
 from kvstore.index.registrations import Registrations
 from kvstore.index.routing import EndedRoute, Routing, UnknownRoute
 from kvstore.index.service import Index
-from kvstore.index.told import Placements, Reported, placements, reported
+from kvstore.index.told import Placements, Reported, Telling, reported
+from kvstore.index.turns import parts, pause
 from kvstore.rate import Rate
 
 # Reading so many keys takes 1 ms or more: it is done beside the loop.
 _ASIDE_KEYS: Final = 8192
 
 
-def index_app(
-    index: Index, routing: Routing, metrics: Callable[[], bytes], callers: Callers, rate: Rate
-) -> Gate:
+def index_app(index: Index, routing: Routing, metrics: Metrics, callers: Callers, rate: Rate) -> Gate:
     """The index's HTTP side."""
     gate = Gate(health_app("kvstore index", lambda: readiness(index), metrics), tokens=callers, rate=rate)
 
@@ -34,17 +32,24 @@ def index_app(
             query = asked.query()
         else:
             query = await asyncio.get_running_loop().run_in_executor(None, asked.query)
+        await pause(len(asked.engines or ()))
         routed = await routing.lookup(query, asked.wish())
-        return placements(routed, asked.top_k, explain=asked.explain, reserve_ms=asked.reserve_ms)
+        telling = Telling(routed, explain=asked.explain)
+        places = range(len(routed.ranked))
+        for some in parts(places):
+            telling.tell(some)
+            await pause(len(places))
+        return telling.placements(asked.reserve_ms)
 
     async def outcome(report: Report) -> Reported:
         try:
             found = routing.outcome(
                 report.id,
                 engine=report.engine,
-                ttft_s=None if report.ttft_ms is None else report.ttft_ms / 1000,
+                ttft_s=report.ttft_s,
                 cached_tokens=report.cached_tokens,
                 failed=report.failed,
+                ended=report.ended,
             )
         except UnknownRoute as error:
             raise Problem(404, str(error)) from None

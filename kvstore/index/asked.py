@@ -14,6 +14,7 @@ from kvstore.index.routing import Wish
 from kvstore.tokens import TOKEN_MAX
 
 ENGINES_MAX: Final = 8192
+_NAME_CHARS_MAX: Final = 255
 # A day: who waits longer is not routed.
 _WAIT_MS_MAX: Final = 86_400_000
 RESERVE_MS_MAX: Final = 600_000
@@ -21,6 +22,7 @@ _HEX: Final = re.compile(r"(?:[0-9a-fA-F]{2})*")
 
 _Token = Annotated[int, msgspec.Meta(ge=0, le=TOKEN_MAX)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+_Name = Annotated[str, msgspec.Meta(max_length=_NAME_CHARS_MAX)]
 _Milliseconds = Annotated[float, msgspec.Meta(ge=0, le=_WAIT_MS_MAX)]
 
 
@@ -44,7 +46,7 @@ class AskedEngine(msgspec.Struct, forbid_unknown_fields=True):
     milliseconds until it would begin: that counts before the others.
     """
 
-    name: str
+    name: _Name
     waiting_tokens: _Count | None = None
     running: _Count | None = None
     wait_ms: _Milliseconds | None = None
@@ -55,6 +57,23 @@ class AskedEngine(msgspec.Struct, forbid_unknown_fields=True):
         if self.waiting_tokens is self.running is self.wait_ms is None:
             return None
         return Load(self.waiting_tokens, self.running, None if self.wait_ms is None else self.wait_ms / 1000)
+
+
+class Fields(msgspec.Struct, forbid_unknown_fields=True):
+    """A namespace's fields but for model and salt, those that are known: see `kvstore.block.Namespace`."""
+
+    block_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    dtype: str | msgspec.UnsetType = msgspec.UNSET
+    layout: str | msgspec.UnsetType = msgspec.UNSET
+    group: str | msgspec.UnsetType = msgspec.UNSET
+    shard: str | msgspec.UnsetType = msgspec.UNSET
+    scheme: str | msgspec.UnsetType = msgspec.UNSET
+
+    def given(self) -> dict[str, Any]:
+        """Those that are known, by their names."""
+        return {
+            name: value for name, value in msgspec.structs.asdict(self).items() if value is not msgspec.UNSET
+        }
 
 
 class Lookup(msgspec.Struct, forbid_unknown_fields=True):
@@ -70,11 +89,11 @@ class Lookup(msgspec.Struct, forbid_unknown_fields=True):
     model: Annotated[str, msgspec.Meta(extra_json_schema={"minLength": 1, "maxLength": 512})]
     tokens: Annotated[list[_Token], _at_most(TOKENS_MAX)] | None = None
     keys: Annotated[list[int | str], _at_most(KEYS_MAX)] | None = None
-    namespace: dict[str, Any] = {}
+    namespace: Fields = msgspec.field(default_factory=Fields)
     salt: Annotated[str, msgspec.Meta(extra_json_schema={"maxLength": 512})] = ""
     lora: Annotated[str, msgspec.Meta(extra_json_schema={"maxLength": 512})] = ""
     media: Annotated[list[Item], _at_most(MEDIA_MAX)] = []
-    engines: Annotated[list[str | AskedEngine], _at_most(ENGINES_MAX)] | None = None
+    engines: Annotated[list[_Name | AskedEngine], _at_most(ENGINES_MAX)] | None = None
     top_k: Annotated[int, msgspec.Meta(ge=1, le=ENGINES_MAX)] | None = None
     explain: bool = False
     route: bool = False
@@ -90,7 +109,7 @@ class Lookup(msgspec.Struct, forbid_unknown_fields=True):
             model=self.model,
             tokens=self.tokens,
             keys=None if self.keys is None else _keys(self.keys),
-            fields=self.namespace,
+            fields=self.namespace.given(),
             salt=self.salt,
             lora=self.lora,
             media=[MediaItem(item.identifier, item.offset, item.length) for item in self.media],
@@ -103,7 +122,7 @@ class Lookup(msgspec.Struct, forbid_unknown_fields=True):
             InvalidRequest: there are too many engines, or one twice.
         """
         if self.engines is None:
-            return Wish(None, self.route, self.reserve_ms / 1000)
+            return Wish(None, self.route, self.reserve_ms / 1000, self.top_k)
         if len(self.engines) > ENGINES_MAX:
             raise InvalidRequest(f"{len(self.engines)} engines; give at most {ENGINES_MAX}")
         loads: dict[str, Load | None] = {}
@@ -112,7 +131,7 @@ class Lookup(msgspec.Struct, forbid_unknown_fields=True):
             if name in loads:
                 raise InvalidRequest(f"engine {name!r:.80} is named twice; give each candidate once")
             loads[name] = load
-        return Wish(loads, self.route, self.reserve_ms / 1000)
+        return Wish(loads, self.route, self.reserve_ms / 1000, self.top_k)
 
 
 class Report(msgspec.Struct, forbid_unknown_fields=True):
@@ -120,14 +139,28 @@ class Report(msgspec.Struct, forbid_unknown_fields=True):
 
     `engine` is where it went, if not to the one that was first; `ttft_ms` the milliseconds to its first
     token, else it has come just now; `cached_tokens` what the engine says that it did not compute; `failed`:
-    no first token will come.
+    no first token will come; `ended`: it came, and nobody saw when, so nothing is learned from it.
     """
 
     id: str
-    engine: str | None = None
+    engine: _Name | None = None
     ttft_ms: _Milliseconds | None = None
     cached_tokens: _Count | None = None
     failed: bool = False
+    ended: bool = False
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds to the first token.
+
+        Raises:
+            InvalidRequest: the report says what cannot be together.
+        """
+        given = {"ttft_ms": self.ttft_ms is not None, "failed": self.failed, "ended": self.ended}
+        said = [name for name, is_said in given.items() if is_said]
+        if len(said) > 1:
+            raise InvalidRequest(f"{' and '.join(said)} exclude each other; give one of them")
+        return None if self.ttft_ms is None else self.ttft_ms / 1000
 
 
 def _keys(keys: list[int | str]) -> list[int] | list[bytes]:

@@ -7,7 +7,7 @@ they were estimated to take, less the time that the first of them has had.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvstore.index.recent import Key
+from kvstore.index.recent import Key, Place
 
 
 @dataclass(slots=True, eq=False)
@@ -15,7 +15,7 @@ class Work:
     """A prompt under way. Times are the chooser's; `work_s` is what it takes the engine from others.
 
     `nominal_s` is the part of it that is computed, for an engine as fast as it is configured; `due_s` is
-    when its first token was expected.
+    when its first token was expected; `keys` are expected at `place`.
     """
 
     id: str
@@ -27,6 +27,7 @@ class Work:
     nominal_s: float
     work_s: float
     ttft_s: float
+    place: Place
     keys: Sequence[Key] = ()
 
     @property

@@ -5,22 +5,22 @@ there, blocks that they will leave there, and how fast each engine proves to be.
 bounded: what nobody reports the end of is over some time after it was expected to be.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from math import isfinite
-from operator import attrgetter
 from typing import Final
 
-import msgspec
-
-from kvstore.block import Medium
 from kvstore.index.backlog import Backlog, Work
 from kvstore.index.correction import Corrections
 from kvstore.index.demand import Demand
-from kvstore.index.estimate import Estimate, Prefill, Speed, estimate
-from kvstore.index.placement import Placement
-from kvstore.index.recent import Key, Recent
+from kvstore.index.ranking import Candidate as Candidate
+from kvstore.index.ranking import Chain as Chain
+from kvstore.index.ranking import Choice as Choice
+from kvstore.index.ranking import Load as Load
+from kvstore.index.ranking import Ranking
+from kvstore.index.ranking import Traits as Traits
+from kvstore.index.recent import Recent
 from kvstore.statistics import Latencies
 
 # The part of what others will wait for a prompt's work that counts in its placement; see docs/decisions.md.
@@ -41,57 +41,6 @@ _LATE_S: Final = 0.1
 _EXPECTED_S: Final = 5.0
 # Relative; of what took no time at all it would be infinite.
 _ERROR_MAX: Final = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What the router says of an engine now; None is what it does not say."""
-
-    waiting_tokens: int | None = None
-    running: int | None = None
-    wait_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Traits:
-    """How fast an engine is meant to be."""
-
-    token_bytes: float
-    speeds: Mapping[Medium, Speed]
-    prefill: Prefill
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """An engine that the prompt could go to."""
-
-    placement: Placement
-    traits: Traits
-    load: Load | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """The prompt's chained keys in one scheme: equal keys are equal prefixes."""
-
-    keys: Sequence[Key]
-    block_tokens: int
-
-
-class Choice(msgspec.Struct, frozen=True, gc=False):
-    """One engine's answer.
-
-    `expected` leading tokens will be in its GPU cache from prompts that were just routed there; `ahead` is
-    how many prompts it was given before, and `slowness` how much longer it computes than it is meant to.
-    """
-
-    placement: Placement
-    estimate: Estimate
-    expected: int
-    prompt_tokens: int = 0
-    ahead: int = 0
-    slowness: float = 1.0
-    running: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,15 +99,30 @@ class Chooser:
         Each call counts as a prompt that comes to a `fleet`, such as all engines of a model: the more there
         are, the more does work cost.
         """
+        if not candidates:
+            self._expire(now_s)
+            return []
+        ranking = self.ranking(prompt_tokens, chain, len(candidates), now_s, fleet=fleet)
+        ranking.weigh(candidates)
+        return ranking.done()
+
+    def ranking(
+        self, prompt_tokens: int, chain: Chain | None, candidates: int, now_s: float, *, fleet: str = ""
+    ) -> Ranking:
+        """The same in steps, for so many candidates, of which there is one; it counts when it is done."""
         self._expire(now_s)
         demand = self._demand.of(fleet, now_s)
-        price = self._price * demand.price(len(candidates))
-        choices = [self._choice(prompt_tokens, chain, each, price, now_s) for each in candidates]
-        choices.sort(key=_best_first)
-        if choices:
-            best = choices[0].estimate
-            demand.arrive(best.load_s + best.recompute_s, now_s)
-        return choices
+        return Ranking(
+            prompt_tokens,
+            chain,
+            now_s,
+            price=self._price * demand.price(candidates),
+            told=self._is_told,
+            recent=self._recent,
+            corrections=self._corrections,
+            backlogs=self._backlogs,
+            arrived=demand.arrive,
+        )
 
     def take(self, id: str, prompt_tokens: int, chain: Chain | None, choice: Choice, now_s: float) -> None:
         """The prompt goes there: its work waits there, and its blocks are expected there.
@@ -168,7 +132,7 @@ class Chooser:
         self._end_silently(id)
         self._expire(now_s)
         engine, found = choice.placement.engine, choice.estimate
-        keys = chain.keys if chain is not None else ()
+        keys, place = (chain.keys, (engine, chain.space)) if chain is not None else ((), engine)
         kept = keys if self._work_keys + len(keys) <= _WORK_KEYS_MAX else ()
         work = Work(
             id=id,
@@ -180,13 +144,14 @@ class Chooser:
             nominal_s=found.recompute_s / choice.slowness,
             work_s=found.load_s + found.recompute_s,
             ttft_s=found.ttft_s,
+            place=place,
             keys=kept,
         )
         self._works[id] = work
         self._work_keys += len(kept)
         self._backlogs.setdefault(engine, Backlog()).add(work, now_s)
         heappush(self._ends, (self._over_s(work), self._taken, work))
-        self._recent.expect(engine, id, keys, min(work.due_s, now_s + _LIFE_MAX_S) + _EXPECTED_S)
+        self._recent.expect(place, id, keys, min(work.due_s, now_s + _LIFE_MAX_S) + _EXPECTED_S)
         self._taken += 1
         if len(self._works) > WORKS_MAX:
             self._end_silently(next(iter(self._works)))
@@ -204,10 +169,13 @@ class Chooser:
         ttft_s: float | None = None,
         cached_tokens: int | None = None,
         failed: bool = False,
+        ended: bool = False,
     ) -> Outcome | None:
         """The first token came, after `ttft_s` since it was taken or just now; or none ever will.
 
-        None: the prompt is not known, or over. One that `engine` got instead was never at the one chosen.
+        `ended`: it came, and nobody saw when; it is taken to have come when it was expected, or just now if
+        that is earlier, and nothing is learned from it. None: the prompt is not known, or over. One that
+        `engine` got instead was never at the one chosen.
         """
         work = self._works.get(id)
         if work is None:
@@ -215,15 +183,18 @@ class Chooser:
         self._outcomes += 1
         if failed or engine not in (None, work.engine):
             self._failed += failed
-            self._recent.forget(work.engine, id, work.keys)
+            self._recent.forget(work.place, id, work.keys)
             self._end_silently(id)
+            return Outcome(work.engine, work.ttft_s, None)
+        self._told += _TOLD_GAIN * (1 - self._told)
+        if ended:
+            self._end(work, min(now_s, work.due_s))
             return Outcome(work.engine, work.ttft_s, None)
         took_s = now_s - work.taken_s
         if ttft_s is not None and isfinite(ttft_s):
             took_s = min(max(0.0, ttft_s), took_s)
         had_s = self._backlogs[work.engine].had_s(work, work.taken_s + took_s)
         self._end(work, work.taken_s + took_s)
-        self._told += _TOLD_GAIN * (1 - self._told)
         self._corrections.observe(work, had_s, cached_tokens)
         if took_s > 0:
             self._errors.observe(min(abs(work.ttft_s - took_s) / took_s, _ERROR_MAX))
@@ -241,41 +212,6 @@ class Chooser:
             errors=replace(self._errors, counts=list(self._errors.counts)),
             engine_slowness=self._corrections.all(),
         )
-
-    def _choice(
-        self, prompt_tokens: int, chain: Chain | None, candidate: Candidate, price: float, now_s: float
-    ) -> Choice:
-        placement, traits, load = candidate.placement, candidate.traits, candidate.load
-        engine = placement.engine
-        expected = 0
-        if chain is not None:
-            expected = chain.block_tokens * self._recent.depth(engine, chain.keys, now_s)
-        slowness, prefill = self._corrections.applied(engine, traits.prefill)
-        backlog = self._backlogs.get(engine)
-        had = [placement.gpu, placement.dram, placement.nvme, placement.remote]
-        if expected:
-            had = [max(expected, tokens) for tokens in had]
-        found = estimate(
-            prompt_tokens,
-            had,
-            token_bytes=traits.token_bytes,
-            speeds=traits.speeds,
-            prefill=prefill,
-            wait_s=self._wait_s(backlog, load, prefill, now_s),
-            price=price,
-        )
-        ahead = len(backlog.works) if backlog else 0
-        running = load.running or 0 if load else 0
-        return Choice(placement, found, min(expected, prompt_tokens), prompt_tokens, ahead, slowness, running)
-
-    def _wait_s(self, backlog: Backlog | None, load: Load | None, prefill: Prefill, now_s: float) -> float:
-        """The longer of what was given to the engine from here and of what the router says of it."""
-        known_s = backlog.wait_s(now_s, told=self._is_told) if backlog else 0.0
-        if load is None:
-            return known_s
-        if load.wait_s is not None:
-            return max(known_s, load.wait_s)
-        return max(known_s, prefill.seconds(load.waiting_tokens, 0)) if load.waiting_tokens else known_s
 
     def _expire(self, now_s: float) -> None:
         """End what is long overdue."""
@@ -309,6 +245,3 @@ class Chooser:
         backlog.end(work, ended_s)
         if not backlog.works:
             del self._backlogs[work.engine]
-
-
-_best_first = attrgetter("estimate.score_s", "running", "placement.engine")

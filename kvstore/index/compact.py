@@ -4,15 +4,15 @@ Of each engine there are four bits, at its place in `Locality.engines`, one for 
 publisher's bits become those of the engines that it serves, once for each set of publishers.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Final
 
 from kvstore.block import Namespace
 from kvstore.index.holding import world_of
-from kvstore.index.keytable import Key
+from kvstore.index.keytable import Depths
 from kvstore.index.locality import Locality
 from kvstore.index.masks import SLOT_BITS
-from kvstore.index.placement import Engine, Placement, by_slot, family_of, slots_of
+from kvstore.index.placement import Placement, Placing, by_slot, family_of, slots_of
 
 # (tokens, bits), most tokens first. Each bit is in one group, that of all that it has.
 Groups = list[tuple[int, int]]
@@ -23,51 +23,49 @@ _SETS_MAX: Final = 16_384
 
 
 class Compact:
-    """Answers out of a Locality, the same as its `find`. Used where that is used."""
+    """Answers out of a Locality, the same as its `placing`. Used where that is used."""
 
     def __init__(self, locality: Locality) -> None:
         self._locality = locality
         self._model_shard: dict[tuple[str, str], _Engines | None] = {}
         self._made_at = -1
 
-    def groups(self, namespace_to_keys: Mapping[Namespace, Sequence[Key]]) -> Groups:
-        """Which engines have how many leading tokens of a prompt, whose keys these are."""
-        groups = self._most(namespace_to_keys)
-        return self._least(namespace_to_keys) if groups is None else groups
+    def groups(self, found: Mapping[Namespace, Depths]) -> Groups:
+        """Which engines have how many leading tokens of a prompt, of which this was found."""
+        groups = self._most(found)
+        return self._least(found) if groups is None else groups
 
-    def placements(
-        self, namespace_to_keys: Mapping[Namespace, Sequence[Key]], engines: Iterable[Engine]
-    ) -> list[Placement]:
-        """What each of some engines has, whether it is known or not."""
-        groups = self._most(namespace_to_keys)
+    def placing(self, found: Mapping[Namespace, Depths]) -> Placing:
+        """Says what each of some engines has, whether it is known or not."""
+        groups = self._most(found)
         if groups is None:
-            return self._locality.find(namespace_to_keys, engines)
-        number_to_tokens = by_slot(groups, 1)
+            return self._locality.placing(found)
         known = self._locality.engines
-        name_to_tokens = {known[number].name: tokens for number, tokens in number_to_tokens.items()}
-        return [Placement(engine.name, *name_to_tokens.get(engine.name, ())) for engine in engines]
+        has = {known[number].name: tokens for number, tokens in by_slot(groups, 1).items()}
+        return lambda engines: [Placement(engine.name, *has.get(engine.name, ())) for engine in engines]
 
-    def _most(self, namespace_to_keys: Mapping[Namespace, Sequence[Key]]) -> Groups | None:
+    def _most(self, found: Mapping[Namespace, Depths]) -> Groups | None:
         """Where any namespace will do; None where all of some are needed."""
         if self._made_at != self._locality.holder_changes:
             self._model_shard.clear()
             self._made_at = self._locality.holder_changes
-        if len(namespace_to_keys) > 1 and not _any_will_do(namespace_to_keys):
+        if len(found) > 1 and not _any_will_do(found):
             return None
-        found: Groups = []
-        for space, keys in namespace_to_keys.items():
+        groups: Groups = []
+        for space, depths in found.items():
             engines = self._engines(space)
             if engines is None:
                 return None
             block_tokens = space.block_tokens
-            for depth, bits in self._locality.depths(space, keys):
-                found.append((depth * block_tokens, engines[bits]))
-        return _once(found)
+            for depth, bits in depths:
+                groups.append((depth * block_tokens, engines[bits]))
+        return _once(groups)
 
-    def _least(self, namespace_to_keys: Mapping[Namespace, Sequence[Key]]) -> Groups:
+    def _least(self, found: Mapping[Namespace, Depths]) -> Groups:
         """Where blocks have shards or KV groups, all of which are needed."""
         tokens_to_bits: dict[int, int] = {}
-        for number, one in enumerate(self._locality.find(namespace_to_keys)):
+        placements = self._locality.placing(found)(self._locality.engines)
+        for number, one in enumerate(placements):
             for place, tokens in enumerate((one.gpu, one.dram, one.nvme, one.remote)):
                 if tokens:
                     bit = 1 << SLOT_BITS * number + place

@@ -6,11 +6,11 @@ them and quick for the others. Each outcome counts little and within bounds: a r
 that jumps, does some harm and no lasting one.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final
 
 from kvstore.index.backlog import Work
-from kvstore.index.estimate import Prefill
 
 # Within what factors an engine is believed to be, and how far one outcome may seem to be off the present one.
 _FARTHEST: Final = 8.0
@@ -21,7 +21,8 @@ _KEPT: Final = 0.95
 _LENGTHS: Final = 3.0
 # An engine begins with the fleet's factor, as if it had been seen so many times.
 _PRIOR: Final = 4.0
-ENGINES_MAX: Final = 1 << 16
+# The one whose last outcome is longest ago is forgotten first: names that are made up displace no others.
+ENGINES_MAX: Final = 1 << 14
 
 
 @dataclass(slots=True)
@@ -52,20 +53,12 @@ class Corrections:
     """A factor for each engine, and one that new engines begin with."""
 
     def __init__(self) -> None:
-        self._engines: dict[str, _Pace] = {}
+        self._engines: OrderedDict[str, _Pace] = OrderedDict()
         self._fleet = _Pace()
-        self._applied: dict[str, tuple[float, Prefill, Prefill]] = {}
 
-    def applied(self, engine: str, prefill: Prefill) -> tuple[float, Prefill]:
-        """How many times as long as configured it computes, and how fast it is then."""
-        slowness = self._engines.get(engine, self._fleet).factor
-        before = self._applied.get(engine)
-        if before is not None and before[0] == slowness and before[1] is prefill:
-            return slowness, before[2]
-        slowed = Prefill(prefill.base_s * slowness, prefill.token_s * slowness, prefill.pair_s * slowness)
-        if before is not None or len(self._applied) < ENGINES_MAX:
-            self._applied[engine] = slowness, prefill, slowed
-        return slowness, slowed
+    def slowness(self, engine: str) -> float:
+        """How many times as long as configured it computes."""
+        return self._engines.get(engine, self._fleet).factor
 
     def all(self) -> dict[str, float]:
         """Of engines with outcomes."""
@@ -83,9 +76,11 @@ class Corrections:
         if meant_s <= 0 or work.load_s > meant_s:
             return
         pace = self._engines.get(work.engine)
-        if pace is None and len(self._engines) < ENGINES_MAX:
+        if pace is None:
             pace = self._engines[work.engine] = _Pace(self._fleet.factor)
+            if len(self._engines) > ENGINES_MAX:
+                self._engines.popitem(last=False)
+        self._engines.move_to_end(work.engine)
         taken_s = max(0.0, had_s - work.load_s)
-        if pace is not None:
-            pace.observe(meant_s, taken_s, self._fleet.factor)
+        pace.observe(meant_s, taken_s, self._fleet.factor)
         self._fleet.observe(meant_s, taken_s, 1.0)

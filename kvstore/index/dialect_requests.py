@@ -9,9 +9,14 @@ from typing import Annotated, Final
 import msgspec
 
 from kvstore.errors import InvalidRequest
+from kvstore.index.query import KEYS_MAX, TOKENS_MAX
 from kvstore.tokens import TOKEN_MAX
 
 U64_MAX: Final = (1 << 64) - 1
+
+_Token = Annotated[int, msgspec.Meta(ge=0, le=TOKEN_MAX)]
+_Tokens = Annotated[list[_Token], msgspec.Meta(extra_json_schema={"maxItems": TOKENS_MAX})]
+_Hashes = Annotated[list[int], msgspec.Meta(extra_json_schema={"maxItems": KEYS_MAX})]
 
 
 class Named(msgspec.Struct, kw_only=True):
@@ -64,16 +69,16 @@ class Asked(msgspec.Struct, kw_only=True):
 class QueryTokens(Asked, kw_only=True):
     """What instances have of a prompt."""
 
-    token_ids: list[Annotated[int, msgspec.Meta(ge=0, le=TOKEN_MAX)]]
+    token_ids: _Tokens
     lora_id: int | None = None
 
 
 class QueryHashes(Asked, kw_only=True):
     """The same by hashes: of single blocks, signed, in Dynamo's; of prefixes in the Conductor's."""
 
-    block_hashes: list[int] | None = None
-    seq_hashes: list[int] | None = None
-    block_hash: list[int] | None = None
+    block_hashes: _Hashes | None = None
+    seq_hashes: _Hashes | None = None
+    block_hash: _Hashes | None = None
 
 
 class Listener(msgspec.Struct, frozen=True):

@@ -5,13 +5,14 @@ a field would answer wrongly, it is refused. LMCache's controller is `kvstore.in
 """
 
 import asyncio
+import struct
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 
-from kvstore.content_keys import KEY_MASK, sequence_hashes
+from kvstore.content_keys import sequence_hashes
 from kvstore.errors import InvalidRequest
 from kvstore.gate import Gate, Problem
 from kvstore.index.dialect_requests import (
@@ -27,16 +28,21 @@ from kvstore.index.dialect_requests import (
 )
 from kvstore.index.dump import dump
 from kvstore.index.engine_source import EngineKind
-from kvstore.index.overlaps import Instances, conductors, dynamos
+from kvstore.index.keytable import Key
+from kvstore.index.overlaps import DynamoAnswer, Instances, conductors
+from kvstore.index.packed import numbers, packed
 from kvstore.index.placement import Placement
 from kvstore.index.query import KEYS_MAX, SPACES_MAX, Query
 from kvstore.index.registrations import GROUP, Registration, Registrations, Taken
 from kvstore.index.service import Index
+from kvstore.index.turns import parts, pause
 
 _KINDS: Final = {"vllm": EngineKind.VLLM, "sglang": EngineKind.SGLANG}
 _SCHEMES: Final = ("tokens", "tokens-eagle")
-_SIGNED: Final = (-(1 << 63), (1 << 63) - 1)
-_UNSIGNED: Final = (0, U64_MAX)
+# How 64 bits are packed, and what numbers they may be.
+_SIGNED: Final = ("q", -(1 << 63), (1 << 63) - 1)
+_UNSIGNED: Final = ("Q", 0, U64_MAX)
+_HASH_BYTES: Final = 8
 # To chain more hashes takes 2 ms: that is done beside the loop.
 _ASIDE_HASHES: Final = 8192
 # A dump goes on for so long until others have their turn, and there are so many at once.
@@ -195,7 +201,8 @@ class Dialects:
         query = Query(
             model=model, tokens=asked.token_ids, salt=asked.cache_salt or "", lora=asked.lora_name or ""
         )
-        return self._answer(asked, is_dynamo, group, await self._index.placements(query))
+        found = (await self._index.find(query)).placements
+        return await self._answer(asked, is_dynamo, group, found)
 
     async def _query_by_hash(self, asked: QueryHashes) -> dict[str, Any]:
         is_dynamo, model, group = _whose(asked.model_name, asked.model, asked)
@@ -208,36 +215,39 @@ class Dialects:
         self._check_known(is_dynamo, model, group)
         keys = await self._keys(asked, is_dynamo)
         spaces = [space for space in self._index.locality.namespaces(model, "") if space.scheme in _SCHEMES]
-        engines = self._index.locality.engines
-        found = self._index.compact.placements(dict.fromkeys(spaces[:SPACES_MAX], keys), engines)
-        return self._answer(asked, is_dynamo, group, found)
+        wanted = dict.fromkeys(spaces[:SPACES_MAX], keys)
+        found = await self._index.placements(wanted, self._index.locality.engines)
+        return await self._answer(asked, is_dynamo, group, found)
 
-    async def _keys(self, asked: QueryHashes, is_dynamo: bool) -> list[int]:
+    async def _keys(self, asked: QueryHashes, is_dynamo: bool) -> Sequence[Key]:
         """The keys of the prefixes that are asked for."""
-        if is_dynamo:
-            hashes = _checked("block_hashes", asked.block_hashes, _SIGNED)
-            locals_ = [one & U64_MAX for one in hashes]
-            if len(hashes) > _ASIDE_HASHES:
-                loop = asyncio.get_running_loop()
-                sequences = await loop.run_in_executor(None, sequence_hashes, None, locals_)
-            else:
-                sequences = sequence_hashes(None, locals_)
-        else:
+        if not is_dynamo:
             given = asked.block_hash if asked.seq_hashes is None else asked.seq_hashes
-            sequences = _checked("seq_hashes", given, _UNSIGNED)
-        return [one & KEY_MASK for one in sequences]
+            return packed(_checked("seq_hashes", given, _UNSIGNED), _HASH_BYTES, are_numbers=True)
+        hashes = memoryview(_checked("block_hashes", asked.block_hashes, _SIGNED)).cast("Q")
+        if len(hashes) <= _ASIDE_HASHES:
+            return numbers(sequence_hashes(None, hashes))
+        loop = asyncio.get_running_loop()
+        return numbers(await loop.run_in_executor(None, sequence_hashes, None, hashes))
 
     def _check_known(self, is_dynamo: bool, model: str, group: str) -> None:
         if is_dynamo and not self._registrations.knows(model, group):
             raise Problem(404, f"no indexer for model={model} routing_group={group}")
 
-    def _answer(
+    async def _answer(
         self, asked: Asked, is_dynamo: bool, group: str, placements: Sequence[Placement]
     ) -> dict[str, Any]:
-        if is_dynamo:
-            return dynamos(self._registrations.by_instance(placements, group))
-        instances = self._asked_of(asked, self._registrations.by_instance(placements, group))
-        return conductors(instances, group)
+        instances: dict[str, dict[int, Placement]] = {}
+        for some in parts(placements):
+            self._registrations.gather(some, group, instances)
+            await pause(len(placements))
+        if not is_dynamo:
+            return conductors(self._asked_of(asked, instances), group)
+        answer = DynamoAnswer()
+        for each in parts(list(instances.items())):
+            answer.add(each)
+            await pause(len(instances))
+        return answer.told()
 
     def _asked_of(self, asked: Asked, instances: Instances) -> Instances:
         """Those that the Conductor answers about: registered for the model and the size, or with a hit."""
@@ -287,16 +297,18 @@ def _whose(dynamo: str | None, conductor: str | None, asked: Named | Asked) -> t
     return True, dynamo, asked.routing_group or GROUP
 
 
-def _checked(name: str, hashes: list[int] | None, limits: tuple[int, int]) -> list[int]:
-    """The hashes, which must be within the limits."""
+def _checked(name: str, hashes: list[int] | None, limits: tuple[str, int, int]) -> bytes:
+    """The hashes end to end, which must be within the limits."""
     if hashes is None:
         raise InvalidRequest(f"{name} is missing; give the hashes of the prompt's blocks")
     if len(hashes) > KEYS_MAX:
         raise InvalidRequest(f"{len(hashes)} {name}; give at most {KEYS_MAX}")
-    if hashes and not limits[0] <= min(hashes) <= max(hashes) <= limits[1]:
-        bad = next(one for one in hashes if not limits[0] <= one <= limits[1])
-        raise InvalidRequest(f"one of {name} is {bad}; give numbers from {limits[0]} to {limits[1]}")
-    return hashes
+    code, least, most = limits
+    try:
+        return struct.pack(f"{len(hashes)}{code}", *hashes)
+    except struct.error:
+        bad = next(one for one in hashes if not least <= one <= most)
+        raise InvalidRequest(f"one of {name} is {bad}; give numbers from {least} to {most}") from None
 
 
 async def _one(piece: bytes) -> AsyncIterator[bytes]:

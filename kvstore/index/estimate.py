@@ -31,8 +31,7 @@ class Speed:
         return self.latency_s + nbytes / self.bytes_per_s
 
 
-@dataclass(frozen=True, slots=True)
-class Prefill:
+class Prefill(msgspec.Struct, frozen=True, gc=False):
     """How an engine computes: a step's own time, each token's, and each pair of tokens' in attention."""
 
     base_s: float
@@ -43,6 +42,10 @@ class Prefill:
         """The time for so many tokens behind so many that are there."""
         pairs = computed * (cached + computed / 2)
         return self.base_s + self.token_s * computed + self.pair_s * pairs
+
+    def slowed(self, times: float) -> "Prefill":
+        """That of an engine that takes so many times as long."""
+        return Prefill(self.base_s * times, self.token_s * times, self.pair_s * times)
 
 
 class Estimate(msgspec.Struct, frozen=True, gc=False):
@@ -62,6 +65,34 @@ class Estimate(msgspec.Struct, frozen=True, gc=False):
     score_s: float
 
 
+class Split(msgspec.Struct, frozen=True, gc=False):
+    """A prompt between loading and computing, on an engine that is free; as in Estimate. `work_s` is both."""
+
+    load_s: float
+    recompute_s: float
+    work_s: float
+    load_tokens: int
+    medium: Medium | None
+
+    def after(self, wait_s: float, price: float) -> Estimate:
+        """The estimate for an engine that is free in `wait_s`.
+
+        The prompt's work delays who comes before the engine is idle again: `price` prompts a second do so,
+        all of them while it is waiting, half of them, on average, while it is served.
+        """
+        ttft_s = wait_s + self.work_s
+        others_s = price * self.work_s * (wait_s + self.work_s / 2)
+        return Estimate(
+            wait_s,
+            self.load_s,
+            self.recompute_s,
+            ttft_s,
+            self.load_tokens,
+            self.medium,
+            ttft_s + others_s,
+        )
+
+
 def estimate(
     prompt_tokens: int,
     tokens: Sequence[int],
@@ -72,11 +103,23 @@ def estimate(
     wait_s: float,
     price: float,
 ) -> Estimate:
-    """The best split of a prompt between loading and computing, on an engine that is free in `wait_s`.
+    """The best split of a prompt, on an engine that is free in `wait_s`; `price` is as in `Split.after`."""
+    best = split(prompt_tokens, tokens, token_bytes=token_bytes, speeds=speeds, prefill=prefill)
+    return best.after(wait_s, price)
+
+
+def split(
+    prompt_tokens: int,
+    tokens: Sequence[int],
+    *,
+    token_bytes: float,
+    speeds: Mapping[Medium, Speed],
+    prefill: Prefill,
+) -> Split:
+    """The best split of a prompt between loading and computing.
 
     `tokens` are leading tokens, cumulative, one number for each of MEDIA; a medium without a speed is not
-    read. The prompt's work delays who comes before the engine is idle again: `price` prompts a second do so,
-    all of them while it is waiting, half of them, on average, while it is served.
+    read.
     """
     cached = load_tokens = min(tokens[0], prompt_tokens)
     recompute_s = prefill.seconds(prompt_tokens - cached, cached)
@@ -99,6 +142,4 @@ def estimate(
             if loading_s + computed_s < least_s:
                 least_s, load_s, recompute_s = loading_s + computed_s, loading_s, computed_s
                 load_tokens, slowest = cached, medium
-    ttft_s = wait_s + least_s
-    others_s = price * least_s * (wait_s + least_s / 2)
-    return Estimate(wait_s, load_s, recompute_s, ttft_s, load_tokens, slowest, ttft_s + others_s)
+    return Split(load_s, recompute_s, least_s, load_tokens, slowest)

@@ -22,6 +22,9 @@ from kvstore.index.links import Links
 from kvstore.index.masks import Mask, Masks, bit_of
 from kvstore.index.saved import SavedTable, bits_from_bytes, bits_to_bytes
 
+# How many leading keys who has: (depth, bits), deepest first, none of depth 0.
+Depths = list[tuple[int, int]]
+
 # What precedes the first block of a prompt. Publishers are believed: a key that one of them says starts a
 # prompt, and that follows another key all the same, as no chained hash does, makes its own depths wrong.
 ROOT: Final = b""
@@ -156,8 +159,8 @@ class KeyTable:
 
     # What lookups ask.
 
-    def depths(self, keys: Sequence[Key], live: int) -> list[tuple[int, int]]:
-        """How many leading keys the bits of `live` have: (depth, bits), deepest first, none of depth 0."""
+    def depths(self, keys: Sequence[Key], live: int) -> Depths:
+        """How many leading keys the bits of `live` have."""
         first = self.keys.get(keys[0]) if keys else None
         if first is None:
             return []

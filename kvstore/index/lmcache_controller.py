@@ -1,7 +1,8 @@
 """LMCache's controller, for routers that ask it where a prompt's blocks are: its lookups alone.
 
 Its questions name no model: they are about the only one that is known here. Instances are engines, by their
-addresses, and where a daemon has no engine, daemons, by their names.
+addresses, and where a daemon has no engine, daemons, by their names. It has no groups, and is told nothing of
+those that are registered in another than GROUP.
 """
 
 from typing import Annotated, Final
@@ -13,7 +14,7 @@ from kvstore.errors import InvalidRequest
 from kvstore.gate import Gate, Problem
 from kvstore.index.placement import Placement
 from kvstore.index.query import Query
-from kvstore.index.registrations import Registrations
+from kvstore.index.registrations import GROUP, Registrations
 from kvstore.index.service import Index
 from kvstore.tokens import TOKEN_MAX
 
@@ -80,7 +81,7 @@ class LmcacheController:
         layout: dict[str, tuple[str, int]] = {}
         if model is not None:
             for answer in await self._index.lookup(Query(model=model, tokens=asked.tokens)):
-                if answer.placement.remote:
+                if answer.placement.remote and self._registrations.group_of(answer.engine.name) == GROUP:
                     layout.setdefault(_instance(answer.placement.engine), _layout(answer.placement))
         return Layout(f"Lookup{uuid4()}", layout)
 
@@ -90,16 +91,22 @@ class LmcacheController:
         Raises:
             InvalidRequest: there are several.
         """
-        engines = {engine.model for engine in self._index.locality.engines if engine.model}
-        models = sorted(engines.union(self._index.locality.models))
+        ours: set[str] = set()
+        theirs: set[str] = set()
+        for engine in self._index.locality.engines:
+            if engine.model:
+                (ours if self._registrations.group_of(engine.name) == GROUP else theirs).add(engine.model)
+        models = sorted(ours.union(self._index.locality.models) - (theirs - ours))
         if len(models) > 1:
             some = ", ".join(f"{model:.80}" for model in models[:_NAMED_MAX])
             raise InvalidRequest(f"{len(models)} models are known here, {some}; give one of them as model")
         return models[0] if models else None
 
     async def _query_instance(self, asked: QueryInstance) -> Instance:
-        by_host = {each.host: each.instance for each in self._registrations}
+        by_host = {each.host: each.instance for each in self._registrations if each.group == GROUP}
         for engine in self._index.locality.engines:
+            if self._registrations.group_of(engine.name) != GROUP:
+                continue
             address = _instance(engine.name)
             by_host.setdefault(address.rpartition(":")[0].strip("[]"), address)
         if not asked.ip or asked.ip not in by_host:

@@ -19,9 +19,9 @@ from typing import Final, cast
 
 from kvstore.block import Namespace
 from kvstore.index.holding import Holding, Table, set_of
-from kvstore.index.keytable import Key
+from kvstore.index.keytable import Depths, Key
 from kvstore.index.masks import Mask, Masks, bits_of
-from kvstore.index.placement import Engine, Found, Placement, placements
+from kvstore.index.placement import Engine, Found, Placement, Placing, placing
 from kvstore.index.saved import SavedLocality, SavedTable, bits_from_bytes, bits_to_bytes
 
 # Blocks that one publisher may claim: 64 million tokens in blocks of 16, and half a gigabyte here.
@@ -97,7 +97,7 @@ class Locality:
         self._shown[holding.name] = holding
         if before is not None and before is not holding:
             self.close(before)
-        self._see()
+        self._count(holding)
 
     def close(self, holding: Holding) -> None:
         """It is over: it answers no more, at once."""
@@ -115,17 +115,19 @@ class Locality:
         for place in places:
             users, blocks = remains.tables.get(place.table, (0, 0))
             remains.tables[place.table] = users + 1, blocks + place.blocks
-        self._see()
+        self._count_out(sum([bits_of(slot) for slot in slots]))
 
     def mute(self, name: str) -> None:
         """Leave out what answers for this name until it is unmuted: its publisher is silent."""
         self._muted.add(name)
-        self._see()
+        if (holding := self._shown.get(name)) is not None:
+            self._count_out(holding.bits)
 
     def unmute(self, name: str) -> None:
         """Count it again."""
         self._muted.discard(name)
-        self._see()
+        if (holding := self._shown.get(name)) is not None:
+            self._count(holding)
 
     def holding(self, name: str) -> Holding | None:
         """What answers for the name."""
@@ -157,17 +159,21 @@ class Locality:
         table = self._tables.get(namespace)
         return 0 if table is None else len(table)
 
-    def depths(self, namespace: Namespace, keys: Sequence[Key]) -> list[tuple[int, int]]:
-        """How many leading keys who has: (depth, bits) groups, deepest first, none of depth 0."""
+    def depths(self, namespace: Namespace, keys: Sequence[Key], among: int = -1) -> Depths:
+        """How many leading keys who has, of those with bits in `among`."""
         table = self._tables.get(namespace) or self._tables.get(set_of(namespace))
-        return [] if table is None else table.depths(keys, self._live)
+        return [] if table is None else table.depths(keys, self._live & among)
 
     def find(
         self, namespace_to_keys: Mapping[Namespace, Sequence[Key]], engines: Iterable[Engine] | None = None
     ) -> list[Placement]:
         """What each engine, of those given or of all, has of a prompt, whose keys these are."""
-        found = [Found(set_of(space), self.depths(space, keys)) for space, keys in namespace_to_keys.items()]
-        return placements(self._engines if engines is None else engines, found, self._shown)
+        found = {space: self.depths(space, keys) for space, keys in namespace_to_keys.items()}
+        return self.placing(found)(self._engines if engines is None else engines)
+
+    def placing(self, found: Mapping[Namespace, Depths]) -> Placing:
+        """Says what engines have, of what was found in these namespaces."""
+        return placing([Found(set_of(space), depths) for space, depths in found.items()], self._shown)
 
     # Holdings' own.
 
@@ -215,12 +221,14 @@ class Locality:
             self._live |= bits_of(slot)
         return slot
 
-    def _see(self) -> None:
+    def _count(self, holding: Holding) -> None:
         self.holder_changes += 1
-        self._live = 0
-        for name, holding in self._shown.items():
-            if name not in self._muted:
-                self._live |= holding.bits
+        if holding.name not in self._muted:
+            self._live |= holding.bits
+
+    def _count_out(self, bits: int) -> None:
+        self.holder_changes += 1
+        self._live &= ~bits
 
     # Cleaning.
 

@@ -6,6 +6,7 @@ then others have their turn. It knows neither tables nor keys.
 
 import asyncio
 import logging
+from collections.abc import Generator
 from typing import Final, Protocol, cast
 
 from kvstore.errors import KVStoreError, ProtocolError
@@ -25,8 +26,10 @@ class Handler(Protocol):
     body_bytes_max: int
     payload_bytes_max: int
 
-    def answer(self, request_id: int, body: memoryview, payload: bytes) -> bytes:
-        """The frame that answers a request.
+    def answer(
+        self, request_id: int, body: memoryview, payload: bytes
+    ) -> bytes | Generator[None, None, bytes]:
+        """The frame that answers a request, or steps that end with it, each in a turn of its own.
 
         Raises:
             ProtocolError, Unauthorized: the connection cannot go on.
@@ -47,6 +50,7 @@ class LookupConnection(asyncio.Protocol):
         self._unread = bytearray()
         self._wanted = 0  # bytes of the frame that is not whole yet
         self._later = b""  # whole frames for another turn
+        self._steps: Generator[None, None, bytes] | None = None  # a lookup before those, which is under way
         self._next_turn: asyncio.Handle | None = None
         self._closing = False
         self._incomplete_since: float | None = None
@@ -114,9 +118,12 @@ class LookupConnection(asyncio.Protocol):
     def _take(self, data: bytes) -> None:
         answers: list[bytes] = []
         error: KVStoreError | None = None
-        rest = 0
+        rest, late = 0, self._steps is not None
         try:
-            rest = self._answer_all(data, answers)
+            if late:
+                self._advance(answers)
+            else:
+                rest = self._answer_all(data, answers)
         except KVStoreError as exc:
             error = exc
         except Exception:  # a mistake of ours must not end the index for everyone else
@@ -126,10 +133,19 @@ class LookupConnection(asyncio.Protocol):
             self._transport.write(answers[0] if len(answers) == 1 else b"".join(answers))
         if error is not None:
             self.fail(error)
-        elif rest < len(data):
+        elif late or rest < len(data) or self._steps is not None:
             self._keep(data[rest:])
         else:
             self._incomplete_since = None
+
+    def _advance(self, answers: list[bytes]) -> None:
+        """One more step of what is under way; what came after it waits."""
+        assert self._steps is not None
+        try:
+            next(self._steps)
+        except StopIteration as end:
+            self._steps = None
+            answers.append(end.value)
 
     def _answer_all(self, data: bytes, answers: list[bytes]) -> int:
         """Answer whole frames until the turn is over; where what is left of them begins."""
@@ -143,7 +159,7 @@ class LookupConnection(asyncio.Protocol):
                     f"{handler.body_bytes_max} and {handler.payload_bytes_max} bytes here"
                 )
             payload_at = at + HEADER.size + body_bytes
-            end = payload_at + payload_bytes
+            end: int = payload_at + payload_bytes
             if end > size:
                 self._wanted = end - at
                 return at
@@ -152,10 +168,13 @@ class LookupConnection(asyncio.Protocol):
             elif self._clock() > turn_ends or self._closing:
                 self._wanted = 0
                 return at
-            answers.append(
-                handler.answer(request_id, view[at + HEADER.size : payload_at], data[payload_at:end])
-            )
+            answer = handler.answer(request_id, view[at + HEADER.size : payload_at], data[payload_at:end])
             at = end
+            if not isinstance(answer, bytes):
+                self._steps = answer
+                self._wanted = 0
+                return at
+            answers.append(answer)
         self._wanted = HEADER.size
         return at
 
@@ -175,9 +194,9 @@ class LookupConnection(asyncio.Protocol):
         if self._closing or self._blocked_since is not None:
             self._later = data
             return
-        if not self._transport.is_reading():
+        if self._steps is None and not self._transport.is_reading():
             self._transport.resume_reading()
-        if data:
+        if data or self._steps is not None:
             self._take(data)
 
     def _pause(self) -> None:

@@ -9,15 +9,20 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
+from kvstore.callers import Callers
+from kvstore.errors import ProtocolError
 from kvstore.index.compact import Compact
 from kvstore.index.locality import Locality
 from kvstore.index.lookup_connection import LookupConnection
 from kvstore.index.lookup_session import Session
 from kvstore.index.placement import Engine
+from kvstore.rate import Rate
 
 # A frame must be complete, answers taken and hello said within this time.
 FRAME_TIMEOUT_S: Final = 5.0
+# Routers, and apart from them those who have not said hello yet, of whom the one that came first goes.
 CONNECTIONS_MAX: Final = 256
+STRANGERS_MAX: Final = 256
 _KEEPALIVE: Final = {socket.TCP_KEEPIDLE: 30, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 3}
 _SWEEP_S: Final = 0.5
 # To ask all publishers for their ages takes longer than a lookup: that is done so often.
@@ -27,20 +32,24 @@ _AGE_S: Final = 0.05
 class LookupServer:
     """Answers out of a Locality from `listen` to `close`; implements `kvstore.index.lookup_session.Host`.
 
-    `age_s` gives the age of the oldest knowledge there. `lookups` and `refused` requests are counted.
+    `age_s` gives the age of the oldest knowledge there. Lookups count in `rate`, by callers. `lookups` and
+    `refused` requests are counted.
     """
 
-    def __init__(self, locality: Locality, age_s: Callable[[], float], token: str | None) -> None:
+    def __init__(self, locality: Locality, age_s: Callable[[], float], callers: Callers, rate: Rate) -> None:
+        self.callers = callers
+        self.rate = rate
         self.locality = locality
         self.compact = Compact(locality)
         self.lookups = self.refused = 0
-        self._token = token
         self._age_s = age_s
         self._looked_s, self._heard_s = -math.inf, 0.0
         self._engines: tuple[Engine, ...] | None = None
         self._generation = self._names = 0
         self._loop = asyncio.get_running_loop()
         self._sessions: dict[Session, LookupConnection] = {}
+        self._strangers: dict[Session, LookupConnection] = {}  # of those, in the order in which they came
+        self._routers: set[Session] = set()
         self._server: asyncio.AbstractServer | None = None
         self._sweeping: asyncio.TimerHandle | None = None
 
@@ -84,20 +93,37 @@ class LookupServer:
             self._generation += 1
         return self._generation
 
+    def welcome(self, session: Session) -> None:
+        """A session is a router's.
+
+        Raises:
+            ProtocolError: there are too many.
+        """
+        if len(self._routers) >= CONNECTIONS_MAX:
+            raise ProtocolError(f"{len(self._routers)} routers are connected; the limit is {CONNECTIONS_MAX}")
+        self._strangers.pop(session, None)
+        self._routers.add(session)
+
     def leave(self, session: Session) -> None:
         """A session is over."""
         self._sessions.pop(session, None)
+        self._strangers.pop(session, None)
+        self._routers.discard(session)
 
     # Helpers.
 
     def _accept(self) -> LookupConnection:
         self._names += 1
-        refusal = ""
-        if len(self._sessions) >= CONNECTIONS_MAX:
-            refusal = f"{len(self._sessions)} routers are connected; the limit is {CONNECTIONS_MAX}"
-        session = Session(self, self._token, f"router {self._names}", refusal)
-        connection = self._sessions[session] = LookupConnection(session)
+        session = Session(self, f"router {self._names}")
+        connection = self._sessions[session] = self._strangers[session] = LookupConnection(session)
+        self._loop.call_soon(self._make_room)  # once those before it have their transports
         return connection
+
+    def _make_room(self) -> None:
+        while len(self._strangers) > STRANGERS_MAX:
+            first = next(iter(self._strangers))
+            error = ProtocolError(f"{STRANGERS_MAX} others came while no hello did; send it at once")
+            self._strangers.pop(first).fail(error)
 
     def _sweep(self) -> None:
         now_s = self._loop.time()

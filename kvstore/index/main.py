@@ -57,11 +57,11 @@ async def _run(config: Config) -> None:
     saver = Saver(Path(settings.snapshot), settings.snapshot_s, index.save) if settings.snapshot else None
     sock = listen_http(settings.http)
     data = listen_http(settings.data, "index.data") if settings.data else None
-    lookups = LookupServer(index.locality, index.age_s, config.token)
-    gate = index_app(index, routing, lambda: metrics(), callers, Rate(settings.rate))
-    metrics = exposition(
-        index.statistics, saver, lookups, RoutingCollector(routing.statistics), GateCollector(gate.statistics)
-    )
+    rate = Rate(settings.rate)
+    lookups = LookupServer(index.locality, index.age_s, callers, rate)
+    gate = index_app(index, routing, lambda: metrics(), callers, rate)
+    routed = RoutingCollector(routing.statistics, lambda: index.locality.engines)
+    metrics = exposition(index.statistics, saver, lookups, routed, GateCollector(gate.statistics))
     http = HttpServer(gate)
     try:
         index.start()

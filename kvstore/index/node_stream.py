@@ -40,11 +40,12 @@ Measured = Callable[[str, str, feed.Measures | None, float], None]
 
 
 class Names(dict[str, "NodeStream"]):
-    """Which feed has which name: all streams into one Locality share one. No daemon may have an engine's."""
+    """Which feed has which name: all streams into one Locality share one. No daemon may have the name of an
+    engine, of which `engines` are those that there are at the time."""
 
     def __init__(self, engines: Collection[str] = ()) -> None:
         super().__init__()
-        self.engines = frozenset(engines)
+        self.engines = engines
 
 
 class NodeStream:

@@ -4,7 +4,7 @@ Both count leading tokens, each tier those of the faster ones as well. Their dis
 memory here, Redis included.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kvstore.index.placement import Placement
@@ -13,24 +13,34 @@ from kvstore.index.placement import Placement
 Instances = Mapping[str, Mapping[int, Placement]]
 
 
-def dynamos(instances: Instances) -> dict[str, Any]:
-    """Dynamo's answer: instances and ranks that have something. Its own `frequencies` are empty, too."""
-    scores, summaries = {}, {}
-    for instance, placements in instances.items():
-        ranks = {str(rank): one for rank, one in placements.items() if one.remote}
-        if not ranks:
-            continue
-        if gpu := {rank: one.gpu for rank, one in ranks.items() if one.gpu}:
-            scores[instance] = gpu
-        most = _most(list(ranks.values()))
-        summaries[instance] = {
-            "longest_matched": most.remote,
-            "gpu": most.gpu,
-            "dp": {rank: one.gpu for rank, one in ranks.items()},
-            "cpu": most.dram,
-            "disk": most.remote,
-        }
-    return {"scores": scores, "frequencies": [], "instances": summaries}
+class DynamoAnswer:
+    """Dynamo's: instances and ranks that have something. Its own `frequencies` are empty, too."""
+
+    def __init__(self) -> None:
+        self._scores: dict[str, dict[str, int]] = {}
+        self._summaries: dict[str, dict[str, Any]] = {}
+
+    def add(self, instances: Iterable[tuple[str, Mapping[int, Placement]]]) -> None:
+        """Tell of some more of them."""
+        for instance, placements in instances:
+            ranks = [(str(rank), one) for rank, one in placements.items() if one.remote]
+            if not ranks:
+                continue
+            gpu = {rank: one.gpu for rank, one in ranks}
+            if scores := gpu if all(gpu.values()) else {rank: has for rank, has in gpu.items() if has}:
+                self._scores[instance] = scores
+            most = ranks[0][1] if len(ranks) == 1 else _most([one for _, one in ranks])
+            self._summaries[instance] = {
+                "longest_matched": most.remote,
+                "gpu": most.gpu,
+                "dp": gpu,
+                "cpu": most.dram,
+                "disk": most.remote,
+            }
+
+    def told(self) -> dict[str, Any]:
+        """All of it."""
+        return {"scores": self._scores, "frequencies": [], "instances": self._summaries}
 
 
 def conductors(instances: Instances, tenant: str) -> dict[str, Any]:

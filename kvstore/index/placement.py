@@ -1,6 +1,6 @@
 """What engines have of a prompt, from what publishers have: their own, and that of their nodes. Pure."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final
@@ -40,6 +40,10 @@ class Placement(msgspec.Struct, frozen=True, gc=False):
     remote: int = 0
 
 
+# Says what each of some engines has.
+Placing = Callable[[Iterable[Engine]], list[Placement]]
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """How many leading keys of a namespace who has: (depth, bits) groups, as `KeyTable.depths` gives them."""
@@ -48,10 +52,8 @@ class Found:
     groups: Sequence[tuple[int, int]]
 
 
-def placements(
-    engines: Iterable[Engine], found: Iterable[Found], holdings: Mapping[str, Holding]
-) -> list[Placement]:
-    """What each engine has.
+def placing(found: Iterable[Found], holdings: Mapping[str, Holding]) -> Placing:
+    """Says what each of some engines has.
 
     Namespaces that differ in their group hold parts of the same blocks: who has some of a group needs it, and
     who has nothing of it has no such group. Of others an engine may use the one that gives most.
@@ -60,16 +62,22 @@ def placements(
     for part in map(_Part, found):
         groups = families.setdefault(family_of(part.space), {})
         groups.setdefault(part.space.group, []).append(part)
-    answers = []
-    for engine in engines:
-        tokens = _NOTHING
-        for family, groups in families.items():
-            if engine.model in ("", family.model):
-                for had in _had(engine, list(groups.values()), holdings):
-                    if had is not _NOTHING:
-                        tokens = had if tokens is _NOTHING else tuple(map(max, tokens, had))
-        answers.append(Placement(engine.name, *tokens))
-    return answers
+    parts = {family: list(groups.values()) for family, groups in families.items()}
+    return lambda engines: [_placement(engine, parts, holdings) for engine in engines]
+
+
+def _placement(
+    engine: Engine,
+    families: Mapping[Namespace, Sequence[Sequence["_Part"]]],
+    holdings: Mapping[str, Holding],
+) -> Placement:
+    tokens = _NOTHING
+    for family, groups in families.items():
+        if engine.model in ("", family.model):
+            for had in _had(engine, groups, holdings):
+                if had is not _NOTHING:
+                    tokens = had if tokens is _NOTHING else tuple(map(max, tokens, had))
+    return Placement(engine.name, *tokens)
 
 
 def _had(

@@ -14,11 +14,12 @@ from typing import Any, Final
 
 from kvstore.block import NAMESPACE_FIELD_CHARS_MAX, Namespace, check_keys
 from kvstore.engine_hashes import MediaItem
-from kvstore.engine_keys import engine_keys, keys_for, scheme_holds_salt
+from kvstore.engine_keys import keys_for, scheme_holds_salt
 from kvstore.errors import InvalidRequest
 from kvstore.index.holding import set_of
 from kvstore.index.keytable import Key
 from kvstore.index.locality import Locality
+from kvstore.index.packed import numbers
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +196,7 @@ def _say_unknown(scheme: str, model: str, reason: str) -> None:
 
 def _given(scheme: str, keys: Sequence[int] | Sequence[bytes]) -> Sequence[Key]:
     if are_numbers(scheme):
-        return engine_keys(keys)
+        return numbers(keys)
     check_keys(keys)  # type: ignore[arg-type]
     return keys
 

@@ -6,8 +6,9 @@ snapshot goes on from what an engine had, if it is registered as before.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from kvstore.errors import InvalidRequest
@@ -107,6 +108,7 @@ class Registrations:
     def __init__(self, index: Index) -> None:
         self._index = index
         self._by_name: dict[str, Registration] = {}
+        self._instances: dict[str, list[Registration]] = {}
         # How many there are of a model in a group.
         self._sizes: dict[tuple[str, str], tuple[int, int]] = {}
 
@@ -139,11 +141,16 @@ class Registrations:
                 )
         self._index.add_engine(new.engine())
         self._by_name[new.name] = new
+        self._instances.setdefault(new.instance, []).append(new)
         self._sizes[new.model, new.group] = size, number + 1
 
     def remove(self, gone: Registration) -> None:
         """Follow it no longer."""
         del self._by_name[gone.name]
+        ranks = self._instances[gone.instance]
+        ranks.remove(gone)
+        if not ranks:
+            del self._instances[gone.instance]
         self._index.remove_engine(gone.name)
         size, number = self._sizes.pop((gone.model, gone.group))
         if number > 1:
@@ -151,7 +158,12 @@ class Registrations:
 
     def of(self, instance: str) -> list[Registration]:
         """The ranks of an instance."""
-        return [each for each in self._by_name.values() if each.instance == instance]
+        return list(self._instances.get(instance, ()))
+
+    def group_of(self, engine: str) -> str:
+        """Who is answered about it; engines that nobody has registered are of GROUP."""
+        registered = self._by_name.get(engine)
+        return registered.group if registered else GROUP
 
     def __iter__(self) -> Iterator[Registration]:
         return iter(list(self._by_name.values()))
@@ -169,14 +181,18 @@ class Registrations:
             model in self._index.locality.models or any(engine.model == model for engine in engines)
         )
 
-    def by_instance(
-        self, placements: Iterable[Placement], group: str
-    ) -> Mapping[str, Mapping[int, Placement]]:
-        """What instances of a group have, by rank. Engines that nobody has registered are of GROUP."""
-        found: dict[str, dict[int, Placement]] = {}
+    def gather(
+        self, placements: Iterable[Placement], group: str, found: dict[str, dict[int, Placement]]
+    ) -> None:
+        """Add what instances of a group have, by rank. Engines that nobody has registered are of GROUP."""
         for placement in placements:
             registered = self._by_name.get(placement.engine)
             if (registered.group if registered else GROUP) == group:
-                instance, _, rank = placement.engine.partition("#")
-                found.setdefault(instance, {})[int(rank) if rank.isdecimal() else 0] = placement
-        return found
+                instance, rank = _instance_and_rank(placement.engine)
+                found.setdefault(instance, {})[rank] = placement
+
+
+@lru_cache(1 << 14)
+def _instance_and_rank(engine: str) -> tuple[str, int]:
+    instance, _, rank = engine.partition("#")
+    return instance, int(rank) if rank.isdecimal() else 0

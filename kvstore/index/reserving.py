@@ -118,7 +118,7 @@ class Reserving:
         if len(self._open) >= RESERVES_MAX:
             problem = f"{len(self._open)} reserves; the limit is {RESERVES_MAX}: report outcomes, or shorter"
             return Reserved(0, {}, [problem])
-        problems: list[str] = []
+        problems = [f"{node} is silent" for node in engine.nodes if self._is_silent(node)]
         wishes = await self._wishes(engine, query, keys, problems)
         number = next(self._ids)
         asked = [(wish, hold_id) for wish in wishes if (hold_id := self._ask(wish, ttl_s, problems))]
@@ -200,7 +200,7 @@ class Reserving:
     def _ask(self, wish: _Wish, ttl_s: float, problems: list[str]) -> int:
         """Send a wish; the id of the hold, or 0 where it could not be sent."""
         follower = self._follower(wish.node)
-        if follower is None or follower.stream.silent:
+        if follower is None or self._is_silent(wish.node):
             problem = f"{wish.node} is silent"
         elif not follower.stream.takes_holds:
             problem = f"{wish.node} takes no holds of this index: it is of an earlier release, or has a token"
@@ -213,6 +213,11 @@ class Reserving:
         if problem not in problems:
             problems.append(problem)
         return 0
+
+    def _is_silent(self, node: str) -> bool:
+        """Whether nothing is heard of it now: what it has is in no answers until it is heard again."""
+        follower = self._follower(node)
+        return follower is None or follower.stream.silent
 
     def _collected(
         self,

@@ -4,13 +4,14 @@ One search gives what each engine has; the chooser orders them; who asks to be r
 and its blocks held in the nodes' DRAM where that was asked for. All of it is soft state on one event loop.
 """
 
-import asyncio
 import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from kvstore.block import Namespace
 from kvstore.content_keys import content_keys
@@ -23,6 +24,7 @@ from kvstore.index.query import Query
 from kvstore.index.reserving import Reserved
 from kvstore.index.service import Index
 from kvstore.index.traits import Paces
+from kvstore.index.turns import parts, pause
 from kvstore.statistics import Latencies
 
 # Keys by which prompts that were just routed are known again: 131,072 tokens in blocks of 16.
@@ -32,8 +34,6 @@ _COLD_BLOCK_TOKENS: Final = 16
 _COLD_TOKENS_MAX: Final = 16_384
 # Reserves whose end has not been reported.
 _RESERVES_MAX: Final = 1 << 16
-# What each step does for so many takes 1 ms.
-_MANY_ENGINES: Final = 256
 # What a lookup waits for the daemons of the engine that it reserves at.
 RESERVE_WAIT_S: Final = 0.05
 
@@ -51,15 +51,16 @@ class Wish:
     """What is wanted beside the answers: `loads` are of candidates, None for all engines that are known.
 
     `route`: the first one is taken. `reserve_s` above 0 implies that, and holds the prefix there so long.
+    Of `top` engines is told, or of all.
     """
 
     loads: Mapping[str, Load | None] | None = None
     route: bool = False
     reserve_s: float = 0.0
+    top: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Ranked:
+class Ranked(msgspec.Struct, frozen=True, gc=False):
     """One engine: what it has, and what it could do."""
 
     answer: Answer
@@ -115,26 +116,22 @@ class Routing:
             InvalidRequest: a key is none.
         """
         located = await self._index.find(query, wish.loads)
-        if not located.answers:
+        if not located.engines:
             return Routed(located.prompt_tokens, [])
         chain = chain_of(query, located.keys)
-        await _let_go_on(located)
-        now_s = self._clock()
-        ranked = self._ranked(query.model, located, chain, wish, now_s)
-        if not (wish.route or wish.reserve_s):
-            await _let_go_on(located)
-            return Routed(located.prompt_tokens, ranked)
-        route = self._new_id()
-        self._chooser.take(route, located.prompt_tokens, chain, ranked[0].choice, now_s)
-        reserved = None
-        if wish.reserve_s:
-            engine = ranked[0].answer.engine
+        choices = await self._choices(query.model, located, chain, wish)
+        route, reserved = None, None
+        if wish.route or wish.reserve_s:
+            route = self._new_id()
+            self._chooser.take(route, located.prompt_tokens, chain, choices[0], self._clock())
+        await pause(len(choices))
+        ranked = await self._ranked(located, choices[: wish.top])
+        if route is not None and wish.reserve_s:
             reserved = await self._index.reserving.reserve(
-                engine, query, located.keys, wish.reserve_s, timeout_s=RESERVE_WAIT_S
+                ranked[0].answer.engine, query, located.keys, wish.reserve_s, timeout_s=RESERVE_WAIT_S
             )
             if reserved.id:
                 self._remember(route, reserved.id)
-        await _let_go_on(located)
         return Routed(located.prompt_tokens, ranked, route, reserved)
 
     def outcome(
@@ -145,6 +142,7 @@ class Routing:
         ttft_s: float | None = None,
         cached_tokens: int | None = None,
         failed: bool = False,
+        ended: bool = False,
     ) -> Outcome:
         """What became of a prompt; what is held for it is held no longer.
 
@@ -155,7 +153,13 @@ class Routing:
         if reserve is not None:
             self._index.reserving.release(reserve)
         found = self._chooser.outcome(
-            route, self._clock(), engine=engine, ttft_s=ttft_s, cached_tokens=cached_tokens, failed=failed
+            route,
+            self._clock(),
+            engine=engine,
+            ttft_s=ttft_s,
+            cached_tokens=cached_tokens,
+            failed=failed,
+            ended=ended,
         )
         if found is None:
             if self._was_given(route):
@@ -174,18 +178,29 @@ class Routing:
         errors = Latencies(list(self._errors.counts), self._errors.sum_s)
         return RoutingStatistics(self._chooser.statistics(), errors, self._unknown, self._late)
 
-    def _ranked(
-        self, model: str, located: Located, chain: Chain | None, wish: Wish, now_s: float
-    ) -> list[Ranked]:
-        loads = wish.loads or {}
-        traits = self._paces.of([each.engine for each in located.answers], model)
-        candidates = [
-            Candidate(each.placement, one, _load_of(each.engine.name, loads))
-            for each, one in zip(located.answers, traits, strict=True)
-        ]
-        by_name = {each.engine.name: each for each in located.answers}
-        choices = self._chooser.rank(located.prompt_tokens, chain, candidates, now_s, fleet=model)
-        return [Ranked(by_name[choice.placement.engine], choice) for choice in choices]
+    async def _choices(self, model: str, located: Located, chain: Chain | None, wish: Wish) -> list[Choice]:
+        """Of all engines, best first; to be taken in the turn in which it returns."""
+        engines, placements = located.engines, located.placements
+        loads, traits = wish.loads or {}, self._paces.of(model)
+        ranking = self._chooser.ranking(
+            located.prompt_tokens, chain, len(engines), self._clock(), fleet=model
+        )
+        for some in parts(list(zip(engines, placements, strict=True))):
+            ranking.weigh(
+                [Candidate(had, traits(engine), _load_of(engine.name, loads)) for engine, had in some]
+            )
+            await pause(len(engines))
+        return ranking.done()
+
+    async def _ranked(self, located: Located, choices: Sequence[Choice]) -> list[Ranked]:
+        by_name = {engine.name: engine for engine in located.engines}
+        ranked: list[Ranked] = []
+        for some in parts(choices):
+            placements = [choice.placement for choice in some]
+            answers = self._index.answers([by_name[one.engine] for one in placements], placements)
+            ranked += map(Ranked, answers, some)
+            await pause(len(choices))
+        return ranked
 
     def _new_id(self) -> str:
         self._last += 1
@@ -204,23 +219,18 @@ class Routing:
             self._reserves.popitem(last=False)
 
 
-async def _let_go_on(located: Located) -> None:
-    """Let others have a turn of the loop, between the steps of a lookup of many engines."""
-    if len(located.answers) > _MANY_ENGINES:
-        await asyncio.sleep(0)
-
-
 def chain_of(query: Query, keys: Mapping[Namespace, Sequence[Key]]) -> Chain | None:
     """The prompt's keys in one namespace, that with the smallest blocks; where there is none, by its tokens.
 
     Of a long prompt its beginning is enough to know it again.
     """
+    space = repr((query.model, query.lora, query.salt))
     if keys:
-        space = min(keys, key=lambda each: (each.block_tokens, each.scheme, each.group, each.dtype))
-        return Chain(keys[space][:_CHAIN_KEYS_MAX], space.block_tokens)
+        finest = min(keys, key=lambda each: (each.block_tokens, each.scheme, each.group, each.dtype))
+        return Chain(keys[finest][:_CHAIN_KEYS_MAX], finest.block_tokens, space)
     if query.tokens is None:
         block_tokens = Namespace(query.model, **query.fields).block_tokens
-        return Chain((query.keys or ())[:_CHAIN_KEYS_MAX], block_tokens) if query.keys else None
+        return Chain(query.keys[:_CHAIN_KEYS_MAX], block_tokens, space) if query.keys else None
     try:
         made = content_keys(
             query.tokens[:_COLD_TOKENS_MAX],
@@ -231,10 +241,12 @@ def chain_of(query: Query, keys: Mapping[Namespace, Sequence[Key]]) -> Chain | N
         )
     except InvalidRequest:  # no such hash is installed
         return None
-    return Chain(made, _COLD_BLOCK_TOKENS) if made else None
+    return Chain(made, _COLD_BLOCK_TOKENS, space) if made else None
 
 
 def _load_of(engine: str, loads: Mapping[str, Load | None]) -> Load | None:
     """What was said of an engine, or of the one that it is a rank of."""
+    if not loads:
+        return None
     load = loads.get(engine)
     return loads.get(engine.partition("#")[0]) if load is None else load

@@ -1,12 +1,13 @@
 """What routing and the gate before it count, as Prometheus reads it. Nothing is counted here."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from kvstore.gate import GateStatistics
+from kvstore.index.placement import Engine
 from kvstore.index.routing import RoutingStatistics
 from kvstore.statistics import LATENCY_BOUNDS_S, Latencies
 
@@ -14,8 +15,12 @@ from kvstore.statistics import LATENCY_BOUNDS_S, Latencies
 class RoutingCollector(Collector):
     """Prompts that were routed, what became of them, and how good the predictions were."""
 
-    def __init__(self, read: Callable[[], RoutingStatistics]) -> None:
+    def __init__(
+        self, read: Callable[[], RoutingStatistics], engines: Callable[[], Iterable[Engine]]
+    ) -> None:
+        """`engines` are those that the index knows: of names that routers say there is no series."""
         self._read = read
+        self._engines = engines
 
     def collect(self) -> Iterator[Metric]:
         now = self._read()
@@ -40,8 +45,9 @@ class RoutingCollector(Collector):
             "How much longer an engine computes than it is meant to, by its outcomes",
             labels=["engine"],
         )
-        for engine, factor in chooser.engine_slowness.items():
-            slowness.add_metric([engine], factor)
+        for engine in self._engines():
+            if (factor := chooser.engine_slowness.get(engine.name)) is not None:
+                slowness.add_metric([engine.name], factor)
         yield slowness
 
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -18,7 +18,7 @@ import zmq
 
 from kvstore.block import Namespace
 from kvstore.errors import ConfigError, InvalidRequest
-from kvstore.index.answer import Answer, Located, best_first, prompt_tokens_of
+from kvstore.index.answer import Answer, Freshness, Located, best_first, prompt_tokens_of
 from kvstore.index.compact import Compact
 from kvstore.index.engine_source import SourceStatistics
 from kvstore.index.engine_stream import EngineStream
@@ -34,10 +34,13 @@ from kvstore.index.placement import Engine, Placement
 from kvstore.index.query import Query, Search, keys_of, search_of
 from kvstore.index.remembrance import remembered
 from kvstore.index.reserving import Reserving, ReservingStatistics
+from kvstore.index.resolver import Resolver
 from kvstore.index.saved import SavedIndex, SavedTable
+from kvstore.index.searching import search
 from kvstore.index.settings import Rank
 from kvstore.index.speeds import Speeds, SpeedsStatistics
 from kvstore.index.tending import Tending
+from kvstore.index.turns import finished, parts, pause
 from kvstore.statistics import Latencies
 
 logger = logging.getLogger(__name__)
@@ -98,10 +101,10 @@ class Index:
         self._started_s = time.monotonic()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, _SOCKETS_MAX)
+        self._resolver = Resolver()
         self._names = Names(self._ranks)
         self._nodes: dict[str, NodeSubscriber] = {}
         self._engines: dict[str, EngineSubscriber] = {}
-        self._incomplete: set[str] = set()
         self._joined: dict[str, tuple[str, ...]] | None = None
         self._joining: asyncio.Handle | None = None
         self.speeds = Speeds()
@@ -118,7 +121,7 @@ class Index:
             ConfigError: an endpoint is none.
         """
         for name, rank in self._ranks.items():
-            self._engines[name] = EngineSubscriber(self._context, rank.source, self.locality)
+            self._engines[name] = self._subscriber(rank)
             self._remembrance.claim_engine(self._engines[name].stream)
         self._membership.start()
         self._tending.start()
@@ -134,6 +137,7 @@ class Index:
             node.close()
         for engine in self._engines.values():
             engine.close()
+        self._resolver.close()
         self._context.destroy(linger=0)
 
     def add_engine(self, rank: Rank) -> None:
@@ -150,12 +154,11 @@ class Index:
         if len(self._ranks) >= _ENGINES_MAX:
             raise InvalidRequest(f"there are {len(self._ranks)} engines, the most; take one away")
         try:
-            self._engines[name] = EngineSubscriber(self._context, rank.source, self.locality)
+            self._engines[name] = self._subscriber(rank)
         except ConfigError as exc:
             raise InvalidRequest(str(exc)) from exc
         self._remembrance.claim_engine(self._engines[name].stream)
         self._ranks[name] = rank
-        self._names.engines = frozenset(self._ranks)
         self._joined = None
 
     def remove_engine(self, name: str) -> bool:
@@ -163,7 +166,6 @@ class Index:
         if self._ranks.pop(name, None) is None:
             return False
         self._engines.pop(name).close()
-        self._names.engines = frozenset(self._ranks)
         self._joined = None
         return True
 
@@ -178,10 +180,11 @@ class Index:
         Raises:
             InvalidRequest: a key is none.
         """
-        return sorted((await self.find(query, engines)).answers, key=best_first)
+        located = await self.find(query, engines)
+        return sorted(self.answers(located.engines, located.placements), key=best_first)
 
     async def find(self, query: Query, engines: Iterable[str] | None = None) -> Located:
-        """The same in no order, with the keys that were looked for.
+        """The same in no order and without a word of how old it is, with the keys that were looked for.
 
         Of all engines those that are known to have another model are left out. Engines that are named and
         not known have nothing: who names them means to send prompts there.
@@ -190,30 +193,44 @@ class Index:
             InvalidRequest: a key is none.
         """
         began_s = time.perf_counter()
-        search = search_of(query, self.locality)
-        keys = await self._keys(query, search)
+        wanted = search_of(query, self.locality)
+        keys = await self._keys(query, wanted)
         asked = self._asked(query.model, engines)
-        placements = self.compact.placements(keys, asked)
-        now_s = self._loop.time()
-        answers = [self._answer(engine, one, now_s) for engine, one in zip(asked, placements, strict=True)]
+        await pause(len(asked))
+        placements = await self.placements(keys, asked)
         self._lookups.observe(time.perf_counter() - began_s)
-        return Located(answers, keys, prompt_tokens_of(query, search.spaces))
+        return Located(asked, placements, keys, prompt_tokens_of(query, wanted.spaces))
 
-    async def placements(self, query: Query) -> list[Placement]:
-        """What each engine has, in no order and without a word of how old that is; raises as `find` does."""
-        began_s = time.perf_counter()
-        keys = await self._keys(query, search_of(query, self.locality))
-        placements = self.compact.placements(keys, self._asked(query.model, None))
-        self._lookups.observe(time.perf_counter() - began_s)
+    async def placements(
+        self, keys: Mapping[Namespace, Sequence[Key]], engines: Sequence[Engine]
+    ) -> list[Placement]:
+        """What each of these engines has of the prompt whose keys these are."""
+        placing = self.compact.placing(await finished(search(self.locality, keys)))
+        placements: list[Placement] = []
+        for some in parts(engines):
+            placements += placing(some)
+            await pause(len(engines))
         return placements
 
-    async def _keys(self, query: Query, search: Search) -> dict[Namespace, Sequence[Key]]:
+    def answers(self, engines: Iterable[Engine], placements: Iterable[Placement]) -> list[Answer]:
+        """What each of these engines has, with how good that knowledge is now."""
+        now_s, loop_s = time.monotonic(), self._loop.time()
+        known: dict[tuple[str, ...], Freshness] = {}
+        answers = []
+        for engine, placement in zip(engines, placements, strict=True):
+            near = known.get(engine.nodes)
+            if near is None:
+                near = known[engine.nodes] = self._near(engine.nodes, loop_s)
+            answers.append(self._answer(engine, placement, near, now_s))
+        return answers
+
+    async def _keys(self, query: Query, wanted: Search) -> dict[Namespace, Sequence[Key]]:
         """Of many tokens they are made beside the loop."""
-        self._left_out += search.left_out
+        self._left_out += wanted.left_out
         given = 2 * len(query.keys or ())  # checking a key takes as long as reading so many tokens
-        if search.effort(len(query.tokens or ())) + given >= _ASIDE_TOKENS:
-            return await self._loop.run_in_executor(None, keys_of, query, search.spaces)
-        return keys_of(query, search.spaces)
+        if wanted.effort(len(query.tokens or ())) + given >= _ASIDE_TOKENS:
+            return await self._loop.run_in_executor(None, keys_of, query, wanted.spaces)
+        return keys_of(query, wanted.spaces)
 
     def missing(self) -> list[str]:
         """What lookups do not know yet though it is configured, or a member; lines for people.
@@ -301,13 +318,14 @@ class Index:
 
     # Engines and their nodes.
 
+    def _subscriber(self, rank: Rank) -> EngineSubscriber:
+        return EngineSubscriber(self._context, rank.source, self.locality, self._resolver)
+
     def _join(self) -> None:
         """See who is there, and which engines use which nodes."""
         self._joining = self._loop.call_later(_JOIN_S, self._join)
         if time.monotonic() - self._started_s > _REMEMBERED_S:
             self._remembrance.forget()
-        engines = [each.statistics() for each in self._engines.values()]
-        self._incomplete = {each.name for each in engines if each.incomplete or each.over}
         self._see_engines()
 
     def _see_engines(self) -> None:
@@ -324,17 +342,23 @@ class Index:
         known = {name for one in found for name in (one.name, _address(one.name))}
         return [*found, *[Engine(name) for name in wanted if name not in known]]
 
-    def _answer(self, engine: Engine, placement: Placement, now_s: float) -> Answer:
+    def _answer(self, engine: Engine, placement: Placement, near: Freshness, now_s: float) -> Answer:
         own = self._engines.get(engine.name)
-        if own is None and not engine.nodes:
-            return Answer(engine, placement, math.inf, {}, incomplete=False)
-        streams = [self._names[node] for node in engine.nodes if node in self._names]
-        ages = [stream.age_s(now_s) for stream in streams]
+        age_s, incomplete = near.age_s, near.incomplete
         if own is not None:
-            ages.append(own.age_s())
-        incomplete = engine.name in self._incomplete or any(stream.over for stream in streams)
-        epochs = {stream.name: stream.epoch for stream in streams if stream.name and stream.epoch is not None}
-        return Answer(engine, placement, max(ages, default=math.inf), epochs, incomplete)
+            incomplete |= own.incomplete
+            age_s = max(age_s, own.stream.age_s(now_s))
+        elif math.isinf(age_s):
+            age_s = math.inf
+        return Answer(engine, placement, age_s, near.epochs, incomplete)
+
+    def _near(self, nodes: Iterable[str], now_s: float) -> Freshness:
+        streams = [self._names[node] for node in nodes if node in self._names]
+        return Freshness(
+            max([stream.age_s(now_s) for stream in streams], default=-math.inf),
+            {stream.name: stream.epoch for stream in streams if stream.name and stream.epoch is not None},
+            any(stream.over for stream in streams),
+        )
 
 
 def join(engines: Iterable[Engine], node_to_engines: dict[str, tuple[str, ...]]) -> list[Engine]:
@@ -345,14 +369,16 @@ def join(engines: Iterable[Engine], node_to_engines: dict[str, tuple[str, ...]])
     for address in dict.fromkeys(name for names in node_to_engines.values() for name in names):
         if address not in known:
             by_name[address] = Engine(address)
+    naming: dict[str, list[str]] = {}
+    for node, names in node_to_engines.items():
+        for name in names:
+            naming.setdefault(name, []).append(node)
+    order = {node: place for place, node in enumerate(node_to_engines)}
     joined = []
     for engine in by_name.values():
-        naming = [
-            node
-            for node, names in node_to_engines.items()
-            if engine.name in names or _address(engine.name) in names
-        ]
-        joined.append(replace(engine, nodes=tuple(dict.fromkeys((*engine.nodes, *naming)))))
+        own = {*naming.get(engine.name, ()), *naming.get(_address(engine.name), ())}
+        nodes = tuple(dict.fromkeys((*engine.nodes, *sorted(own, key=order.__getitem__))))
+        joined.append(engine if nodes == engine.nodes else Engine(engine.name, nodes, engine.model))
     used = {node for engine in joined for node in engine.nodes}
     return joined + [Engine(node, (node,)) for node in node_to_engines if node not in used | set(by_name)]
 

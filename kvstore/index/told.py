@@ -1,13 +1,13 @@
 """What routers are told over HTTP, as types, and how those are made of what routing found."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated
 
 import msgspec
 
 from kvstore.index.chooser import Choice, Outcome
-from kvstore.index.routing import Ranked, Routed
+from kvstore.index.routing import Routed
 
 _Tokens = Annotated[int, msgspec.Meta(ge=0, description="leading tokens of the prompt")]
 
@@ -83,43 +83,58 @@ class Placements(msgspec.Struct, frozen=True):
 class Reported(msgspec.Struct, frozen=True):
     """What was predicted, and by how much later than that the first token came, both in milliseconds.
 
-    `error_ms` is null where there is no time to compare: the prompt failed, or went to another engine.
+    `error_ms` is null where there is no time to compare: the prompt failed, went to another engine, or ended
+    without a time.
     """
 
     predicted_ms: float
     error_ms: float | None
 
 
-def placements(routed: Routed, top_k: int | None, *, explain: bool, reserve_ms: int) -> Placements:
-    """The first `top_k` engines, or all."""
-    told = [
-        _placed(one, routed.reasons(place) if explain else None)
-        for place, one in enumerate(routed.ranked[:top_k])
-    ]
-    return Placements(routed.id, routed.prompt_tokens, told, _held(routed, reserve_ms))
+class Telling:
+    """One answer, engines some at a time; estimates that several share are told of once."""
+
+    def __init__(self, routed: Routed, *, explain: bool) -> None:
+        self._routed = routed
+        self._explain = explain
+        self._placed: list[Placed] = []
+        self._estimated: dict[int, Estimated] = {}
+
+    def tell(self, places: Iterable[int]) -> None:
+        """Add the engines at these places."""
+        for place in places:
+            self._placed.append(self._place(place))
+
+    def placements(self, reserve_ms: int) -> Placements:
+        """All that was added, and the reserve."""
+        routed = self._routed
+        return Placements(routed.id, routed.prompt_tokens, self._placed, _held(routed, reserve_ms))
+
+    def _place(self, place: int) -> Placed:
+        one = self._routed.ranked[place]
+        answer, choice, had = one.answer, one.choice, one.answer.placement
+        estimated = self._estimated.get(id(choice.estimate))
+        if estimated is None:
+            estimated = self._estimated[id(choice.estimate)] = _estimated(choice)
+        return Placed(
+            had.engine,
+            had.gpu,
+            had.dram,
+            had.nvme,
+            had.remote,
+            choice.expected,
+            None if answer.age_s == math.inf else int(answer.age_s * 10_000) / 10,
+            answer.epochs,
+            answer.incomplete,
+            estimated,
+            self._routed.reasons(place) if self._explain else None,
+        )
 
 
 def reported(outcome: Outcome) -> Reported:
     """An outcome."""
     error_s = outcome.error_s
     return Reported(_ms(outcome.predicted_s), None if error_s is None else _ms(error_s))
-
-
-def _placed(one: Ranked, reasons: list[str] | None) -> Placed:
-    answer, had = one.answer, one.answer.placement
-    return Placed(
-        had.engine,
-        had.gpu,
-        had.dram,
-        had.nvme,
-        had.remote,
-        one.choice.expected,
-        None if math.isinf(answer.age_s) else round(answer.age_s * 1000, 1),
-        answer.epochs,
-        answer.incomplete,
-        _estimated(one.choice),
-        reasons,
-    )
 
 
 def _estimated(choice: Choice) -> Estimated:

@@ -5,7 +5,7 @@ What nobody has configured or measured is that of a model of 8 billion parameter
 hidden size, in each of 32 layers) 3.4 ns, and reading the weights once at 2 TB/s takes 8 ms a step.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -40,22 +40,25 @@ class Paces:
         self, speeds: Speeds, engines: Mapping[str, Pace] | None = None, others: Pace = DEFAULT
     ) -> None:
         self._speeds = speeds
-        self._engines = dict(engines or {})
+        # Equal ones are one: what is estimated of one engine holds for others that have the same.
+        paces = {others: others}
+        self._engines = {name: paces.setdefault(pace, pace) for name, pace in (engines or {}).items()}
         self._others = others
 
-    def of(self, engines: Iterable[Engine], model: str) -> list[Traits]:
-        """Those of engines that serve a model; a rank has those of its engine."""
+    def of(self, model: str) -> Callable[[Engine], Traits]:
+        """Says those of engines that serve a model, as they are now; a rank has those of its engine."""
         measured = self._speeds.token_bytes(model) or TOKEN_BYTES
         alike: dict[tuple[int, tuple[str, ...]], Traits] = {}
-        several = []
-        for engine in engines:
+
+        def traits_of(engine: Engine) -> Traits:
             pace = self._pace(engine.name) if self._engines else self._others
             traits = alike.get((id(pace), engine.nodes))
             if traits is None:
                 traits = Traits(pace.token_bytes or measured, self._near(engine.nodes), pace.prefill)
                 alike[id(pace), engine.nodes] = traits
-            several.append(traits)
-        return several
+            return traits
+
+        return traits_of
 
     def _pace(self, name: str) -> Pace:
         return self._engines.get(name) or self._engines.get(name.partition("#")[0], self._others)

@@ -21,6 +21,7 @@ from kvstore.engine_hashes import MediaItem
 from kvstore.index.engine_source import EngineKind, EngineSource
 from kvstore.index.engine_subscriber import EngineSubscriber
 from kvstore.index.locality import Engine, Locality
+from kvstore.index.resolver import Resolver
 from tests.lmcache_processes import end_group
 
 PYTHON: Final = Path(__file__).parents[2] / ".venv-engines" / "bin" / "python"
@@ -91,7 +92,7 @@ class Listener:
         source = EngineSource(
             NAME, publisher.kind, "m", SIZE, SPACE.scheme, publisher.endpoint, publisher.replay, "kv"
         )
-        self.subscriber = EngineSubscriber(context, source, self.locality)
+        self.subscriber = EngineSubscriber(context, source, self.locality, Resolver())
 
     def has(self, *keys: int, space: Namespace = SPACE) -> tuple[int, ...]:
         """Leading blocks in gpu, dram, nvme, remote, cumulative."""
