@@ -35,7 +35,7 @@ LookUp = Callable[[str], Awaitable[Sequence[str]]]
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A port of a host. `place` is what to connect to if the host is an IP address; None: it has a name."""
+    """A port of a host, or a file's. `place` is what to connect to; None: the host has a name."""
 
     host: str
     port: int
@@ -43,11 +43,13 @@ class Endpoint:
 
     @classmethod
     def of(cls, text: str) -> "Endpoint":
-        """Of tcp://HOST:PORT.
+        """Of tcp://HOST:PORT, or ipc://PATH.
 
         Raises:
             ConfigError: it is none.
         """
+        if text.startswith("ipc://"):
+            return cls("", 0, text)
         match = _ENDPOINT.fullmatch(text)
         host = match[1].removeprefix("[").removesuffix("]") if match else ""
         port = int(match[2]) if match else 0

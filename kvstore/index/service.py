@@ -379,8 +379,8 @@ def join(engines: Iterable[Engine], node_to_engines: dict[str, tuple[str, ...]])
         own = {*naming.get(engine.name, ()), *naming.get(_address(engine.name), ())}
         nodes = tuple(dict.fromkeys((*engine.nodes, *sorted(own, key=order.__getitem__))))
         joined.append(engine if nodes == engine.nodes else Engine(engine.name, nodes, engine.model))
-    used = {node for engine in joined for node in engine.nodes}
-    return joined + [Engine(node, (node,)) for node in node_to_engines if node not in used | set(by_name)]
+    used = {node for engine in joined for node in engine.nodes}.union(by_name)
+    return joined + [Engine(node, (node,)) for node in node_to_engines if node not in used]
 
 
 def _address(name: str) -> str:
