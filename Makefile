@@ -9,9 +9,9 @@ SHELL := /bin/bash
 # What of the tests reads, writes or frees blocks.
 MEMORY_TESTS := $(patsubst %,tests/test_%.py,clear client dram drain faults fuzz holds listing lmcache lmcache_remote \
 	movement nvme_node quotas redis_node room states takeover)
-# Take all cores there are, or time what happens. The others mostly wait, so two files of them run at a time.
+# Take all cores there are, or time what happens. The others mostly wait, so three files of them run at a time.
 ALONE := $(patsubst %,tests/test_%.py,index_faults lmcache_faults stress tcp)
-IN_PAIRS := --numprocesses 2 --dist loadfile $(addprefix --ignore ,$(ALONE))
+SIDE_BY_SIDE := --numprocesses 3 --dist loadfile $(addprefix --ignore ,$(ALONE))
 
 .PHONY: run test test-engines test-debug demo bench lint clean
 
@@ -24,7 +24,7 @@ run: $(VENV)/.daemon
 	$(BIN)/kvstore serve --dram 1GiB
 
 test: $(VENV)/.test $(VENV)/tools
-	$(BIN)/python -m pytest $(IN_PAIRS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 	$(BIN)/python -m pytest $(ALONE)
 	$(MAKE) test-engines
 
@@ -32,7 +32,7 @@ test-engines: $(VENV)/.test $(ENGINES)/.engines
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/engines
 
 test-debug: $(VENV)/.test
-	KVSTORE_DEBUG=1 $(BIN)/python -m pytest $(IN_PAIRS) $(MEMORY_TESTS)
+	KVSTORE_DEBUG=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(MEMORY_TESTS)
 	KVSTORE_DEBUG=1 $(BIN)/python -m pytest $(filter-out %/test_index_faults.py,$(ALONE))
 
 demo: $(VENV)/.demo
