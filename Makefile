@@ -10,7 +10,7 @@ SHELL := /bin/bash
 MEMORY_TESTS := $(patsubst %,tests/test_%.py,clear client dram drain faults fuzz holds listing lmcache lmcache_remote \
 	movement nvme_node quotas redis_node room states takeover)
 # Take all cores there are, or time what happens. The others mostly wait, so three files of them run at a time.
-ALONE := $(patsubst %,tests/test_%.py,index_faults lmcache_faults stress tcp)
+ALONE := $(patsubst %,tests/test_%.py,index_faults lmcache_faults reserving stress tcp)
 SIDE_BY_SIDE := --numprocesses 3 --dist loadfile $(addprefix --ignore ,$(ALONE))
 
 .PHONY: run test test-engines test-debug demo bench lint clean
@@ -33,7 +33,7 @@ test-engines: $(VENV)/.test $(ENGINES)/.engines
 
 test-debug: $(VENV)/.test
 	KVSTORE_DEBUG=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(MEMORY_TESTS)
-	KVSTORE_DEBUG=1 $(BIN)/python -m pytest $(filter-out %/test_index_faults.py,$(ALONE))
+	KVSTORE_DEBUG=1 $(BIN)/python -m pytest $(filter-out %/test_index_faults.py %/test_reserving.py,$(ALONE))
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.demo
